@@ -1,0 +1,138 @@
+"""Asks a trained SliME about images.
+
+    python sample.py --image photo.png --prompt "How many bars are there?"
+    python sample.py --image photo.png                     a conversation; an empty line ends it
+    python sample.py --image photo.png --prompt "..." --explain out.png     also draws what the model looked at
+
+The checkpoint is the newest one in out/ unless --checkpoint names a folder or a hub id.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sliming.chat import IMAGE
+from sliming.model import Batch, Sample, SliME
+from sliming.slicer import open_image
+
+
+def newest_checkpoint(out: Path) -> Path:
+    """The checkpoint folder in `out` that was written last; FileNotFoundError with the command that makes one."""
+    found = [path.parent for path in out.glob("*/config.json")]
+    if not found:
+        raise FileNotFoundError(f"no checkpoint in {out}/; make one with: python train.py")
+    return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime)
+
+
+@torch.no_grad()
+def explain(model: SliME, sample: Sample, gamma: float | None, answer: str, path: Path) -> None:
+    """Draws, for each image: its crops, the local tokens that the router kept, and the adapter's gate per global token."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
+
+    batch = Batch.pack([sample]).to(model.adapter.w_gate.device)
+    visual = model.see(batch, gamma=gamma)
+    side, size = model.compression.side, model.crop_size
+    rows_of_panels = len(sample.images)
+    figure, panels = plt.subplots(rows_of_panels, 3, figsize=(14, 1.2 + 4.6 * rows_of_panels), squeeze=False,
+                                  width_ratios=(1, 1, 1.12), layout="constrained")
+    question = model.tokenizer.decode(sample.text.question).strip()
+    figure.suptitle(f"Question: {question}\nAnswer: {answer}", fontsize=14)
+    keeps = visual.keep.split(visual.local_lengths)
+    for (cut, routed, gated), slices, keep, gates in zip(panels, sample.images, keeps, visual.gates):
+        columns, rows = slices.grid
+        canvas = raster(slices.crops, columns, rows)                                    # [rows * S, columns * S, 3]
+        cut.imshow(canvas)
+        for x in range(1, columns):
+            cut.axvline(x * size - 0.5, color="tab:red", linewidth=2)
+        for y in range(1, rows):
+            cut.axhline(y * size - 0.5, color="tab:red", linewidth=2)
+        cut.set_title(f"The image, cut into {columns} x {rows} crops")
+
+        cells = keep.view(rows * side, columns * side).cpu().numpy()                    # one per local token
+        shade = np.kron(cells, np.ones((size // side, size // side)))                   # [rows * S, columns * S]
+        shade = np.pad(shade, [(0, canvas.shape[i] - shade.shape[i]) for i in (0, 1)], mode="edge")
+        faded = canvas * 0.25 + np.array([70, 70, 90]) * 0.75
+        routed.imshow(np.where(shade[..., None] > 0, canvas, faded).astype(np.uint8))
+        routed.set_title(f"Router: kept {int(keep.sum())} of {keep.numel()} local tokens")
+        routed.legend(handles=[Patch(facecolor="white", edgecolor="black", label="kept"),
+                               Patch(facecolor=(0.32, 0.32, 0.4), edgecolor="black", label="dropped")],
+                      loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, frameon=False)
+
+        grid = int(len(gates) ** 0.5)
+        gated.imshow(slices.global_view.permute(1, 2, 0).numpy(), extent=(0, grid, grid, 0))
+        heat = gated.imshow(gates[:, 0].view(grid, grid).cpu().numpy(), cmap="viridis", alpha=0.6,
+                            extent=(0, grid, grid, 0))                                  # [L] -> [grid, grid]
+        gated.set_title("Global view: weight of the MLP\n(the rest is the query former's)")
+        figure.colorbar(heat, ax=gated, shrink=0.8)
+        for panel in (cut, routed, gated):
+            panel.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def raster(crops: Tensor, columns: int, rows: int) -> np.ndarray:
+    """Crops uint8 [P, 3, S, S] glued together again: uint8 [rows * S, columns * S, 3]."""
+    size = crops.shape[-1]
+    grid = crops.view(rows, columns, 3, size, size).permute(0, 3, 1, 4, 2)              # [rows, S, columns, S, 3]
+    return grid.reshape(rows * size, columns * size, 3).numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__.split("\n\n")[0], epilog=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="image(s) to ask about; none: words only")
+    parser.add_argument("--prompt", help="the question; without it, a conversation")
+    parser.add_argument("--checkpoint", help="folder or hub id (default: the newest in --out)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder that train.py wrote (default: out)")
+    parser.add_argument("--explain", type=Path, metavar="PNG", help="draw what the model looked at for the (last) question")
+    parser.add_argument("--gamma", type=float, help="share of local relevance to keep, 0 .. 1 (default: the checkpoint's)")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most probable token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the tokens that make up this probability")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws at a temperature above 0")
+    arguments = parser.parse_args()
+    if arguments.gamma is not None and not 0 < arguments.gamma <= 1:
+        parser.error(f"--gamma must lie in (0, 1], not {arguments.gamma}")
+    if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+        parser.error("--temperature must be at least 0 and --top-p in (0, 1]")
+    if arguments.explain and not arguments.image:
+        parser.error("--explain needs an --image")
+    try:
+        images = [open_image(path) for path in arguments.image]
+        model = SliME.from_pretrained(arguments.checkpoint or newest_checkpoint(arguments.out))
+    except (ValueError, OSError) as error:
+        sys.exit(f"sample.py: {error}")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(arguments.seed)
+
+    conversation = []
+    while True:
+        question = arguments.prompt if arguments.prompt is not None else input("> ").strip() if sys.stdin else ""
+        if not question:
+            break
+        markers = f"{IMAGE}\n" * len(images) if not conversation else ""
+        conversation.append({"from": "human", "value": markers + question.replace(IMAGE, "")})
+        sample = model.prompt(conversation, images)
+        answer = ""
+        for piece in model.stream(sample, gamma=arguments.gamma, max_new_tokens=arguments.max_new_tokens,
+                                  temperature=arguments.temperature, top_p=arguments.top_p):
+            print(piece if answer else piece.lstrip(), end="", flush=True)
+            answer += piece
+        print()
+        conversation.append({"from": "gpt", "value": answer.strip()})
+        if arguments.explain:
+            explain(model, sample, arguments.gamma, answer.strip(), arguments.explain)
+            print(f"wrote {arguments.explain}", file=sys.stderr)
+        if arguments.prompt is not None:
+            break
+
+
+if __name__ == "__main__":
+    main()

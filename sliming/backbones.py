@@ -1,0 +1,175 @@
+"""The two pretrained parts that SliME connects: a vision tower and a causal language model, both through transformers.
+
+Any `CLIPVisionModel` (the paper: CLIP ViT-L/14 at 336 pixels) and any `AutoModelForCausalLM` with a tokenizer (the paper:
+Vicuna, Llama-3) load from a folder or a hub id. For laptops and tests two small stand-ins ship inside the package,
+`sliming/tiny/vision` and `sliming/tiny/llm`; `python -m sliming.backbones --pretrain-tiny` makes them again from a seed
+(see pretrain_tiny.py for what they learn and how).
+
+Legend: V views (global views and crops of a batch), S crop size in pixels, L patches per view, Dv vision width,
+D width of the language model, T packed tokens, H attention heads, Dh head size.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig,
+                          CLIPVisionModel, PreTrainedModel, PreTrainedTokenizerBase)
+from transformers.initialization import no_init_weights
+
+TINY = Path(__file__).parent / "tiny"  # the stand-ins: TINY / "vision" and TINY / "llm"
+
+# CLIP's pixel statistics (openai/clip-vit-large-patch14-336, preprocessor_config.json), for RGB in 0 .. 1.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ConvStem(nn.Module):
+    """Replaces the tiny tower's patch embedding: strided convolutions to one vector per 8 x 8 patch.
+
+    A linear patch embedding of this size learns colours but no digits; a few 3 x 3 convolutions read them. In a CLIP
+    config it is asked for by `conv_stem: true`.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        half = width // 2
+        self.to_fine = nn.Sequential(nn.Conv2d(3, half // 2, 3, 2, 1), nn.GELU(), nn.Conv2d(half // 2, half, 3, 2, 1))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(4, half), nn.GELU(), nn.Conv2d(half, half, 3, 1, 1),
+                          nn.GELU(), nn.Conv2d(half, half, 3, 1, 1)) for _ in range(2))
+        self.to_patch = nn.Sequential(nn.GroupNorm(4, half), nn.GELU(), nn.Conv2d(half, width, 3, 2, 1))
+
+    @property
+    def weight(self) -> Tensor:
+        """CLIP asks its patch embedding for the dtype of its weight."""
+        return self.to_patch[-1].weight
+
+    def fine(self, pixels: Tensor) -> Tensor:
+        """[V, 3, S, S] -> [V, Dv / 2, S / 4, S / 4]: features on a grid twice as fine as the patches."""
+        x = self.to_fine(pixels)
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[V, 3, S, S] -> [V, Dv, S / 8, S / 8]."""
+        return self.to_patch(self.fine(pixels))
+
+
+class VisionTower(nn.Module):
+    """A CLIP vision transformer, frozen, run only as far as the layer that is used (Sec. 2.1, "vision encoder").
+
+    `layer` counts hidden states as transformers does: -2 is the output of the last layer but one (the paper's LLaVA
+    recipe), -1 that of the last. Later layers and the final LayerNorm are not even built; the class token is dropped.
+    """
+
+    def __init__(self, config: CLIPVisionConfig, layer: int):
+        super().__init__()
+        used = config.num_hidden_layers + 1 + layer
+        if layer >= 0 or used < 1:
+            raise ValueError(f"vision_layer must be -1 .. -{config.num_hidden_layers}, got {layer}")
+        config = CLIPVisionConfig.from_dict({**config.to_dict(), "num_hidden_layers": used})
+        self.clip = CLIPVisionModel(config)
+        if getattr(config, "conv_stem", False):
+            self.clip.embeddings.patch_embedding = ConvStem(config.hidden_size)
+        self.clip.post_layernorm = nn.Identity()
+        self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, views: Tensor) -> Tensor:
+        """uint8 [V, 3, S, S] -> [V, L, Dv] in the tower's dtype, row-major over the view's patch grid."""
+        pixels = (views.float() / 255 - self.mean) / self.std
+        return self.features(pixels.to(self.clip.dtype))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [V, 3, S, S] -> [V, L, Dv]; with gradients, for pretraining the stand-in."""
+        return self.clip(pixel_values=pixels).last_hidden_state[:, 1:]
+
+
+def load_vision(name: str, layer: int) -> VisionTower:
+    """A pretrained tower: "tiny", a folder, or a hub id of a CLIP model (its vision half). Raises ValueError if weights
+    that the used layers need are missing."""
+    folder = TINY / "vision" if name == "tiny" else name
+    config = CLIPVisionConfig.from_pretrained(folder)
+    tower = VisionTower(config, layer)
+    if getattr(config, "conv_stem", False):
+        weights = load_file(Path(folder) / "model.safetensors")
+    else:
+        weights = CLIPVisionModel.from_pretrained(folder).state_dict()
+    wanted = tower.clip.state_dict()
+    if missing := sorted(set(wanted) - set(weights)):
+        raise ValueError(f"vision tower {name}: no weights for {', '.join(missing)}")
+    tower.clip.load_state_dict({key: weights[key] for key in wanted})  # layers behind the used one stay unread
+    return tower
+
+
+# ------------------------------------------------------------------------------------------------- the language model
+
+
+def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                     scaling: float, dropout: float = 0.0, segments: list[int] | None = None,
+                     sliding_window: int | None = None, **_) -> tuple[Tensor, None]:
+    """Causal attention of packed samples: query [1, H, T, Dh], key and value [1, Hkv, T, Dh] -> [1, T, H, Dh].
+
+    `segments` are the samples' lengths, sum T. Each attends within itself through one SDPA call: sum T_i^2 work and no
+    [T, T] mask, where the usual way of packing (position ids that restart, a block mask) pays (sum T_i)^2. Without
+    `segments` the row is one sample, possibly continuing a cache (then key is longer than query).
+    The signature is that of transformers' AttentionInterface, hence the unused arguments.
+    """
+    if sliding_window is not None or attention_mask is not None:
+        raise ValueError("packed attention is causal over whole samples: it knows no sliding window and no other mask")
+    grouped = query.shape[1] != key.shape[1]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ahead = k.shape[2] - q.shape[2]  # keys of the cache that every query may see
+        mask = None
+        if ahead and q.shape[2] > 1:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(ahead)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling,
+                                              is_causal=ahead == 0 and q.shape[2] > 1, enable_gqa=grouped)
+
+    if segments is None:
+        return attend(query, key, value).transpose(1, 2), None
+    parts = zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2))
+    return torch.cat([attend(q, k, v).transpose(1, 2) for q, k, v in parts], dim=1), None
+
+
+AttentionInterface.register("sliming_packed", packed_attention)
+
+
+def load_llm(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A pretrained causal language model with its tokenizer: "tiny", a folder, or a hub id. No remote code is run."""
+    folder = TINY / "llm" if name == "tiny" else name
+    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sliming_packed")
+    return llm, AutoTokenizer.from_pretrained(folder)
+
+
+def build_llm(config: dict) -> PreTrainedModel:
+    """A language model of the given transformers configuration (as `config.to_dict()` gives it), weights not set."""
+    config = AutoConfig.for_model(**config)
+    with no_init_weights():
+        llm = AutoModelForCausalLM.from_config(config, attn_implementation="sliming_packed")
+    llm.tie_weights()  # where the configuration ties input and output embedding
+    return llm
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sliming.backbones", description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrain-tiny", action="store_true", required=True,
+                        help="train the tiny vision tower and language model again and replace the shipped ones")
+    parser.add_argument("--out", type=Path, default=TINY, help="folder for the two (default: inside the package)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    from sliming.pretrain_tiny import pretrain  # above this file in the order of imports, so only when asked for
+    pretrain(arguments.out, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

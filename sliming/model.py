@@ -1,0 +1,396 @@
+"""SliME: the whole model, from pixels and words to logits (Fig. 2).
+
+    image --slicer--> views [1+P, 3, S, S] --vision tower (frozen)--> [1+P, L, Dv]
+      global view [L, Dv]    --adapter (MLP and query former, gated)-->             [L, D]
+      crops       [P, L, Dv] --compression--> [P, Nq, Dv] --adapter's MLP--> [P Nq, D] --router(question)--> [K, D]
+    words --embedding--> [N, D]
+    [words | global view | separator | kept local tokens | words] --packed--> language model --> logits
+
+Samples are ragged: any number of images, none included, each with its own grid, question and number of kept tokens. They
+are packed end to end into one row in which each sees only itself; nothing is padded. Logits are computed only where
+there is something to learn: an image is 576 tokens and more, an answer often two.
+
+Which parts a sample shows is the `parts` argument: "global" in stage I, "local" in stage II, "both" in stage III and
+when answering (Sec. 2.2, "Alternating Training Scheme").
+
+Legend: B samples, I images, V views, P crops of an image, S crop size, L patches per view, Nq queries per crop (g x g),
+M local tokens of all images, K kept of them, N text tokens, T packed tokens, Dv vision width, D model width, C vocabulary.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import ModelHubMixin, save_torch_state_dict, snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (AutoTokenizer, CLIPVisionConfig, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase)
+
+from sliming.backbones import VisionTower, build_llm, load_llm, load_vision
+from sliming.chat import IGNORE, IMAGE, IMAGE_TOKEN, Encoded, encode
+from sliming.moe_adapter import MoEAdapter
+from sliming.qformer import QueryFormer
+from sliming.router import route
+from sliming.slicer import ImageSource, Slices, slice_image
+
+PARTS = ("both", "global", "local")
+
+
+@dataclass
+class SliMEConfig:
+    """Everything a checkpoint needs to be built again. Defaults are the paper's."""
+
+    vision: str = "openai/clip-vit-large-patch14-336"  # "tiny", a folder or a hub id: where the tower came from
+    llm: str = "lmsys/vicuna-7b-v1.5"
+    vision_layer: int = -2      # hidden state of the tower that is used
+    num_queries: int = 144      # Nq: tokens left of each crop (Table 3)
+    gamma: float = 0.75         # share of the relevance that the router keeps (Sec. 2.2, Table 3)
+    router_noise: float = 0.1   # std of the noise on the router's scores in training
+    slicing: str = "paper"      # rule of slicer.choose_grid
+    global_view: str = "pad"    # "pad" or "squash"
+    max_side: int = 6           # crops along a side, at most
+    max_crops: int | None = None  # crops of an image, at most
+    separator: str = ","        # its last token's embedding stands between global view and local tokens
+    template: str = "chat"      # of chat.TEMPLATES, for answering
+    vision_config: dict = field(default_factory=dict)  # of the backbones, as transformers writes them
+    llm_config: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation and its images, in the order of their placeholders."""
+
+    text: Encoded
+    images: list[Slices]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples end to end, ragged. Lengths and places are host integers, so that using them never waits for the device."""
+
+    input_ids: Tensor           # int64 [N], IMAGE_TOKEN for an image
+    labels: Tensor              # int64 [N], IGNORE where nothing is learned
+    question: Tensor            # int64 [Q]: token ids of the samples' questions
+    views: Tensor               # uint8 [V, 3, S, S]: per image its global view, then its crops
+    lengths: list[int]          # text tokens per sample; sum N
+    question_lengths: list[int]  # question tokens per sample; sum Q
+    grids: list[tuple[int, int]]  # (columns, rows) per image
+    image_places: list[list[int]]  # per sample, the places of its images among its text tokens
+
+    @staticmethod
+    def pack(samples: list[Sample]) -> "Batch":
+        """Packs samples; raises ValueError if a sample has not one placeholder per image."""
+        places = [[i for i, token in enumerate(s.text.ids) if token == IMAGE_TOKEN] for s in samples]
+        for index, (sample, place) in enumerate(zip(samples, places)):
+            if len(place) != len(sample.images):
+                raise ValueError(f"sample {index} has {len(place)} {IMAGE} markers and {len(sample.images)} images")
+        images = [image for sample in samples for image in sample.images]
+        views = [view for image in images for view in (image.global_view[None], image.crops)]
+        return Batch(
+            input_ids=torch.tensor([token for s in samples for token in s.text.ids], dtype=torch.long),
+            labels=torch.tensor([label for s in samples for label in s.text.labels], dtype=torch.long),
+            question=torch.tensor([token for s in samples for token in s.text.question], dtype=torch.long),
+            views=torch.cat(views) if views else torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
+            lengths=[len(s.text.ids) for s in samples],
+            question_lengths=[len(s.text.question) for s in samples],
+            grids=[image.grid for image in images], image_places=places)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True)
+                                for name in ("input_ids", "labels", "question", "views")})
+
+
+class Visual(NamedTuple):
+    """What the language model gets to see of a batch's images."""
+
+    whole: Tensor        # [I, L, D] tokens of the global views
+    gates: Tensor        # float32 [I, L, 2] weights of MLP and query former
+    local: Tensor        # [M, D] local tokens of all images, raster order over each image's whole grid
+    local_lengths: list[int]  # per image, sum M
+    keep: Tensor         # bool [M]: the router's choice
+
+
+class Output(NamedTuple):
+    loss: Tensor    # float32 scalar
+    logits: Tensor  # [number of supervised tokens, C]
+
+
+class SliME(nn.Module, ModelHubMixin):
+    """The model of the paper. Build it from pretrained parts (`from_backbones`) or from a checkpoint (`from_pretrained`)."""
+
+    def __init__(self, config: SliMEConfig, vision: VisionTower, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        clip = vision.clip.config
+        self.crop_size = clip.image_size
+        patches = (clip.image_size // clip.patch_size) ** 2  # L
+        self.vision = vision
+        self.adapter = MoEAdapter(clip.hidden_size, llm.config.hidden_size, patches)
+        self.compression = QueryFormer(clip.hidden_size, config.num_queries)
+        self.llm = llm
+        self.separator_id = tokenizer(config.separator, add_special_tokens=False)["input_ids"][-1]
+
+    @classmethod
+    def from_backbones(cls, config: SliMEConfig, dtype: torch.dtype = torch.float32) -> "SliME":
+        """A model to train: pretrained tower and language model, everything between them new."""
+        vision = load_vision(config.vision, config.vision_layer).to(dtype)
+        llm, tokenizer = load_llm(config.llm, dtype)
+        full = CLIPVisionConfig.from_dict({**vision.clip.config.to_dict()})
+        config = replace(config, vision_layer=-1, vision_config=full.to_dict(), llm_config=llm.config.to_dict())
+        return cls(config, vision, llm, tokenizer).to(dtype)
+
+    # ------------------------------------------------------------------------------------------------- the forward pass
+
+    def see(self, batch: Batch, parts: str = "both", gamma: float | None = None, random_tokens: bool = False,
+            features: Tensor | None = None) -> Visual:
+        """Encodes a batch's images: the vision tower, the adapter, the compression and the router.
+
+        `gamma` overrides the configuration's; `random_tokens` keeps as many local tokens as the router would, but any.
+        `features` [V, L, Dv]: the tower's output for `batch.views`, where it is at hand already.
+        """
+        if parts not in PARTS:
+            raise ValueError(f"parts must be one of {', '.join(PARTS)}, got {parts!r}")
+        first, count = [], 0  # each image's first view is its global view
+        for columns, rows in batch.grids:
+            first.append(count)
+            count += 1 + columns * rows
+        is_global = torch.zeros(count, dtype=torch.bool)
+        is_global[first] = True
+        device, dtype = self.adapter.w_gate.device, self.adapter.w_gate.dtype
+        show_global, show_local = parts != "local", parts != "global"
+        wanted = torch.nonzero(is_global if not show_local else ~is_global if not show_global else is_global >= 0)[:, 0]
+        if features is None:  # encode only what is shown, all samples' views in one call
+            views = batch.views if len(wanted) == count else batch.views[wanted.to(batch.views.device)]
+            shape = (0, self.adapter.num_tokens, self.adapter.w_gate.shape[0])
+            features = self.vision(views) if len(views) else torch.zeros(shape, device=device)
+        else:
+            features = features[wanted.to(device)]
+        features, is_global = features.to(dtype), is_global[wanted].to(device)
+
+        whole, gates = self.adapter(features[is_global])                          # [I or 0, L, D], [I or 0, L, 2]
+        compressed = self.adapter.mlp(self.compression(features[~is_global]))     # [sum P or 0, Nq, D]
+        grids = batch.grids if show_local else []
+        order = raster_order(grids, self.compression.side).to(device)
+        local = compressed.flatten(0, 1)[order]                                   # [sum P * Nq, D] -> [M, D]
+        local_lengths = [columns * rows * self.config.num_queries for columns, rows in grids]
+        keep = torch.ones(len(local), dtype=torch.bool, device=device)
+        if parts == "both":  # each image is routed by its own sample's question
+            questions = self.llm.get_input_embeddings()(batch.question).split(batch.question_lengths)  # B x [Q_b, D]
+            owners = [b for b, places in enumerate(batch.image_places) for _ in places]
+            question = torch.cat([questions[b] for b in owners]) if owners else local[:0]
+            keep = route(local, local_lengths, question, [batch.question_lengths[b] for b in owners],
+                         gamma=self.config.gamma if gamma is None else gamma, random=random_tokens,
+                         noise=self.config.router_noise if self.training else 0.0)
+        return Visual(whole, gates, local, local_lengths, keep)
+
+    def embed(self, batch: Batch, visual: Visual) -> tuple[Tensor, Tensor, list[int]]:
+        """Puts each image's tokens in the place of its marker: embeddings [T, D], labels [T], lengths per sample (sum T)."""
+        table = self.llm.get_input_embeddings()
+        words = table(batch.input_ids.clamp(min=0))                               # [N, D]
+        separator = table(torch.tensor([self.separator_id], device=words.device))  # [1, D]
+        kept = torch.stack([part.sum() for part in visual.keep.split(visual.local_lengths)]).tolist() \
+            if visual.local_lengths else []                                       # the one wait for the device
+        images = []
+        locals_ = visual.local[visual.keep].split(kept)                           # I x [K_i, D]
+        for image in range(len(batch.grids)):
+            pieces = []
+            if len(visual.whole):
+                pieces.append(visual.whole[image])
+            if len(locals_):
+                pieces += [separator, locals_[image]] if pieces else [locals_[image]]
+            images.append(torch.cat(pieces))
+        embeddings, labels, lengths = [], [], []
+        start, image = 0, 0
+        for length, places in zip(batch.lengths, batch.image_places):
+            at, total = start, length - len(places)
+            for place in places:
+                seen = images[image]
+                embeddings += [words[at:start + place], seen]
+                labels += [batch.labels[at:start + place], batch.labels.new_full((len(seen),), IGNORE)]
+                at, image, total = start + place + 1, image + 1, total + len(seen)
+            embeddings.append(words[at:start + length])
+            labels.append(batch.labels[at:start + length])
+            lengths.append(total)
+            start += length
+        longest = getattr(self.llm.config, "max_position_embeddings", None)
+        if longest is not None and max(lengths) > longest:
+            raise ValueError(f"a sample of {max(lengths)} tokens exceeds the language model's {longest}: "
+                             "lower max_crops or gamma, or shorten the conversation")
+        return torch.cat(embeddings).to(self.llm.dtype), torch.cat(labels), lengths
+
+    def decode(self, embeddings: Tensor, lengths: list[int]) -> Tensor:
+        """The language model over packed samples: embeddings [T, D] -> hidden states [T, D], positions restarting."""
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(embeddings.device)
+        output = self.llm.get_decoder()(inputs_embeds=embeddings[None], position_ids=positions[None],
+                                        segments=lengths, use_cache=False)
+        return output.last_hidden_state[0]
+
+    def forward(self, batch: Batch, *, parts: str = "both", visual: Visual | None = None,
+                normalizer: float | Tensor | None = None) -> Output:
+        """Loss and logits at the supervised positions.
+
+        `visual` is `see(batch, parts)` unless given. The loss is the summed cross-entropy over `normalizer`, by default
+        the batch's number of supervised tokens; with several ranks or micro-batches it is that of the global batch.
+        Raises ValueError if nothing is supervised: a mean over nothing would be a loss of zero or NaN.
+        """
+        embeddings, labels, lengths = self.embed(batch, self.see(batch, parts) if visual is None else visual)
+        hidden = self.decode(embeddings, lengths)
+        supervised = torch.nonzero(labels != IGNORE)[:, 0]
+        if len(supervised) == 0:
+            raise ValueError("no supervised token in the batch: every answer is empty or masked")
+        # A sample's first token is never supervised (it is the beginning-of-sequence token or template text), so the
+        # position before a supervised one belongs to the same sample.
+        logits = self.llm.get_output_embeddings()(hidden[supervised - 1])         # [supervised, C]
+        loss = F.cross_entropy(logits.float(), labels[supervised], reduction="sum")
+        return Output(loss / (len(supervised) if normalizer is None else normalizer), logits)
+
+    # ---------------------------------------------------------------------------------------------------------- answering
+
+    def slice(self, image: ImageSource) -> Slices:
+        """Slices an image by this model's rules."""
+        c = self.config
+        return slice_image(image, rule=c.slicing, global_view=c.global_view, crop_size=self.crop_size,
+                           max_side=c.max_side, max_crops=c.max_crops)
+
+    def prompt(self, conversation: list[dict], images: list[ImageSource]) -> Sample:
+        """A conversation (chat.encode) with its images, ready for `generate`."""
+        return Sample(encode(conversation, self.config.template, self.tokenizer), [self.slice(i) for i in images])
+
+    @torch.no_grad()
+    def generate(self, sample: Sample, *, gamma: float | None = None, max_new_tokens: int = 128,
+                 temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None) -> Iterator[int]:
+        """Yields the answer's token ids as they come, without the end-of-sequence token; keys and values are cached.
+
+        `temperature` 0 is greedy. `top_p` < 1 draws from the smallest set of tokens with that much probability.
+        """
+        training = self.training
+        self.eval()
+        batch = Batch.pack([sample]).to(self.adapter.w_gate.device)
+        inputs, _, _ = self.embed(batch, self.see(batch, gamma=gamma))            # [T, D]
+        self.train(training)
+        cache, position = DynamicCache(config=self.llm.config), 0
+        for _ in range(max_new_tokens):
+            positions = torch.arange(position, position + len(inputs), device=inputs.device)
+            hidden = self.llm.get_decoder()(inputs_embeds=inputs[None], position_ids=positions[None],
+                                            past_key_values=cache, use_cache=True).last_hidden_state
+            logits = self.llm.get_output_embeddings()(hidden[0, -1]).float()      # [C]
+            token = int(sample_token(logits, temperature, top_p, generator))
+            if token == self.tokenizer.eos_token_id:
+                return
+            yield token
+            position += len(inputs)
+            inputs = self.llm.get_input_embeddings()(torch.tensor([token], device=inputs.device))
+
+    def stream(self, sample: Sample, **options) -> Iterator[str]:
+        """The answer as text, piece by piece (options of `generate`); a piece ends where a character is complete."""
+        ids, shown = [], ""
+        for token in self.generate(sample, **options):
+            ids.append(token)
+            text = self.tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):  # the replacement character: a multi-byte character is not yet whole
+                yield text[len(shown):]
+                shown = text
+        yield self.tokenizer.decode(ids)[len(shown):]
+
+    def answer(self, image: ImageSource | list[ImageSource] | None, question: str, **options) -> str:
+        """Answers a question about an image, several images or none; options of `generate`."""
+        images = [] if image is None else image if isinstance(image, list) else [image]
+        turn = {"from": "human", "value": f"{IMAGE}\n" * len(images) + question}
+        return "".join(self.stream(self.prompt([turn], images), **options)).strip()
+
+    # -------------------------------------------------------------------------------------------------- saving and loading
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters and persistent buffers by name; tied weights (input and output embedding) once."""
+        names = {name for name, _ in self.named_parameters()} | {name for name, _ in self.named_buffers()}
+        return {name: tensor for name, tensor in self.state_dict().items() if name in names}
+
+    def save_pretrained(self, folder: str | Path, **_) -> None:
+        """Writes config.json, safetensors (sharded above 5 GB) and the tokenizer's files.
+
+        Everything is written beside the old files first and moved over them last, so that a full disk (OSError) leaves
+        a checkpoint that was there before whole.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
+            save_torch_state_dict(self.tensors(), new)
+            self.tokenizer.save_pretrained(new)
+            config = {"format": "sliming", **asdict(self.config)}
+            (Path(new) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            for path in sorted(Path(new).iterdir(), key=lambda path: path.name == "config.json"):  # config.json last
+                os.replace(path, folder / path.name)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None) -> "SliME":
+        """Reads a checkpoint from a folder or a hub id. Strict: every tensor of the model comes from it, and no other.
+
+        Raises FileNotFoundError or ValueError, in one line, for what is not a checkpoint of this package.
+        """
+        folder = Path(name)
+        if not folder.is_dir():
+            if folder.is_absolute() or len(folder.parts) != 2 or str(name).startswith("."):
+                raise FileNotFoundError(f"{name}: no such checkpoint folder")
+            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder}: no config.json, so this is no checkpoint")
+        raw = json.loads((folder / "config.json").read_text())
+        if raw.pop("format", None) != "sliming":
+            raise ValueError(f"{folder}: config.json is not that of a sliming checkpoint")
+        if unknown := sorted(set(raw) - {f.name for f in fields(SliMEConfig)}):
+            raise ValueError(f"{folder}/config.json: unknown field {', '.join(unknown)}; was it written by a newer version?")
+        config = SliMEConfig(**raw)
+        vision = VisionTower(CLIPVisionConfig.from_dict(config.vision_config), config.vision_layer)
+        model = cls(config, vision, build_llm(config.llm_config), AutoTokenizer.from_pretrained(folder)).to(dtype)
+        model.load(folder)
+        return model.eval()
+
+    def load(self, folder: Path) -> None:
+        """Fills the model from the safetensors files of a folder, strictly."""
+        found = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                found |= load_file(path)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: unreadable weights ({error}); copy or download the file again") from error
+        own = self.tensors()
+        for what, names in (("lacks", set(own) - set(found)), ("has unknown", set(found) - set(own))):
+            if names:
+                some = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
+                raise ValueError(f"{folder}: the checkpoint {what} {len(names)} tensors: {some}")
+        for name, tensor in own.items():
+            if tensor.shape != found[name].shape:
+                raise ValueError(f"{folder}: {name} has shape {list(found[name].shape)}, the model {list(tensor.shape)}")
+            tensor.copy_(found[name])
+
+
+def raster_order(grids: list[tuple[int, int]], side: int) -> Tensor:
+    """Index [M] that brings compressed crops, one after other, into one raster per image.
+
+    Crops come row by row, each with side x side tokens; the raster runs over the image's (rows * side) x (columns * side)
+    tokens, as if the crops were glued together (the released code's `spatial` order).
+    """
+    orders, start = [torch.zeros(0, dtype=torch.long)], 0
+    for columns, rows in grids:
+        index = torch.arange(columns * rows * side * side).view(rows, columns, side, side)  # [row, column, y, x]
+        orders.append(start + index.transpose(1, 2).reshape(-1))                            # [row, y, column, x] -> [M_i]
+        start += columns * rows * side * side
+    return torch.cat(orders)
+
+
+def sample_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """Draws one token id from logits [C]: greedy at temperature 0, else from the nucleus of mass `top_p`."""
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"need temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
+    if temperature == 0:
+        return logits.argmax()
+    probabilities, order = (logits / temperature).softmax(0).sort(descending=True)
+    outside = probabilities.cumsum(0) - probabilities >= top_p  # the token that crosses the mass is inside
+    return order[probabilities.masked_fill(outside, 0).multinomial(1, generator=generator)[0]]
