@@ -130,6 +130,8 @@ class Batches(Dataset):
         return self.steps
 
     def __getitem__(self, step: int) -> tuple[Batch | None, list[str]]:
+        if step >= self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
         samples, skipped = [], []
         for place in range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world):
             record = self.records[place if self.order is None else self.order[place]]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from sliming.chat import IGNORE
 from sliming.data import RecordError, load_sample, read_records
-from sliming.model import Batch, SliME
+from sliming.model import Batch, CheckpointError, SliME
 from sliming.synthetic import held_out
 
 # name: (family of questions, parts shown, gamma or None for the model's own, any tokens instead of the router's)
@@ -115,7 +115,7 @@ def main() -> None:
             print(json.dumps(record_accuracy(model, read_records(arguments.data), arguments.images)))
         else:
             print(table(held_out_accuracy(model, arguments.questions, across_seams=arguments.across_seams)))
-    except (RecordError, FileNotFoundError) as error:
+    except (RecordError, CheckpointError, OSError) as error:
         sys.exit(f"sliming.evaluate: {error}")
 
 

@@ -43,6 +43,10 @@ from sliming.slicer import ImageSource, Slices, slice_image
 PARTS = ("both", "global", "local")
 
 
+class CheckpointError(ValueError):
+    """A folder that cannot be read as a checkpoint; the message is one line."""
+
+
 @dataclass
 class SliMEConfig:
     """Everything a checkpoint needs to be built again. Defaults are the paper's."""
@@ -142,8 +146,9 @@ class SliME(nn.Module, ModelHubMixin):
         """A model to train: pretrained tower and language model, everything between them new."""
         vision = load_vision(config.vision, config.vision_layer).to(dtype)
         llm, tokenizer = load_llm(config.llm, dtype)
-        full = CLIPVisionConfig.from_dict({**vision.clip.config.to_dict()})
-        config = replace(config, vision_layer=-1, vision_config=full.to_dict(), llm_config=llm.config.to_dict())
+        # The tower is cut already: what it has left is used to its last layer.
+        config = replace(config, vision_layer=-1, vision_config=json.loads(vision.clip.config.to_json_string()),
+                         llm_config=json.loads(llm.config.to_json_string()))
         return cls(config, vision, llm, tokenizer).to(dtype)
 
     # ------------------------------------------------------------------------------------------------- the forward pass
@@ -332,7 +337,7 @@ class SliME(nn.Module, ModelHubMixin):
     def from_pretrained(cls, name: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None) -> "SliME":
         """Reads a checkpoint from a folder or a hub id. Strict: every tensor of the model comes from it, and no other.
 
-        Raises FileNotFoundError or ValueError, in one line, for what is not a checkpoint of this package.
+        Raises FileNotFoundError or CheckpointError, in one line, for what is not a checkpoint of this package.
         """
         folder = Path(name)
         if not folder.is_dir():
@@ -343,9 +348,9 @@ class SliME(nn.Module, ModelHubMixin):
             raise FileNotFoundError(f"{folder}: no config.json, so this is no checkpoint")
         raw = json.loads((folder / "config.json").read_text())
         if raw.pop("format", None) != "sliming":
-            raise ValueError(f"{folder}: config.json is not that of a sliming checkpoint")
+            raise CheckpointError(f"{folder}: config.json is not that of a sliming checkpoint")
         if unknown := sorted(set(raw) - {f.name for f in fields(SliMEConfig)}):
-            raise ValueError(f"{folder}/config.json: unknown field {', '.join(unknown)}; was it written by a newer version?")
+            raise CheckpointError(f"{folder}/config.json: unknown field {', '.join(unknown)}; was it written by a newer version?")
         config = SliMEConfig(**raw)
         vision = VisionTower(CLIPVisionConfig.from_dict(config.vision_config), config.vision_layer)
         model = cls(config, vision, build_llm(config.llm_config), AutoTokenizer.from_pretrained(folder)).to(dtype)
@@ -359,15 +364,15 @@ class SliME(nn.Module, ModelHubMixin):
             try:
                 found |= load_file(path)
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: unreadable weights ({error}); copy or download the file again") from error
+                raise CheckpointError(f"{path}: unreadable weights ({error}); copy or download the file again") from error
         own = self.tensors()
         for what, names in (("lacks", set(own) - set(found)), ("has unknown", set(found) - set(own))):
             if names:
                 some = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
-                raise ValueError(f"{folder}: the checkpoint {what} {len(names)} tensors: {some}")
+                raise CheckpointError(f"{folder}: the checkpoint {what} {len(names)} tensors: {some}")
         for name, tensor in own.items():
             if tensor.shape != found[name].shape:
-                raise ValueError(f"{folder}: {name} has shape {list(found[name].shape)}, the model {list(tensor.shape)}")
+                raise CheckpointError(f"{folder}: {name} has shape {list(found[name].shape)}, the model {list(tensor.shape)}")
             tensor.copy_(found[name])
 
 

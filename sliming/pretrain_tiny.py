@@ -341,7 +341,7 @@ def pretrain_llm(steps: int, seed: int, learning_rate: float = 3e-3) -> tuple[Ll
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
                          num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048,
                          tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+                         eos_token_id=tokenizer.eos_token_id)
     llm = LlamaForCausalLM(config)
     embedding = llm.get_input_embeddings().weight
     with torch.no_grad():

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from sliming.chat import IGNORE
 from sliming.data import Batches, Order, RecordError, read_records
-from sliming.model import SliME, SliMEConfig
+from sliming.model import CheckpointError, SliME, SliMEConfig
 from sliming.synthetic import TrainingSet
 
 
@@ -48,10 +48,27 @@ STAGES = {
     3: Stage("both", "chat", ("adapter", "compression", "llm")),
 }
 
-# Per preset: the model to begin with, and (steps, batch size, learning rate, learning rate of the LLM) per stage.
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast one stage learns."""
+
+    steps: int
+    batch_size: int        # records per step over all ranks
+    learning_rate: float   # peak, of adapter and compression
+    llm_learning_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model to begin with and the recipe of each stage."""
+
+    model: SliMEConfig
+    recipes: dict[int, Recipe]
+
+
 PRESETS = {
-    "tiny": (SliMEConfig(vision="tiny", llm="tiny", vision_layer=-1, num_queries=16),
-             {1: (400, 16, 2e-3, 0.0), 2: (400, 16, 2e-3, 0.0), 3: (500, 16, 1e-3, 5e-4)}),
+    "tiny": Preset(SliMEConfig(vision="tiny", llm="tiny", vision_layer=-1, num_queries=16),
+                   {1: Recipe(400, 16, 2e-3), 2: Recipe(400, 16, 2e-3), 3: Recipe(500, 16, 1e-3, 5e-4)}),
 }
 
 
@@ -92,9 +109,9 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def initial_model(config: TrainConfig, stage: int) -> SliME:
-    """The model that a stage starts from. Raises FileNotFoundError with the command to run first, ValueError if the
-    checkpoint was made with another preset's backbones."""
-    preset, _ = PRESETS[config.preset]
+    """The model that a stage starts from. Raises FileNotFoundError with the command to run first, CheckpointError if
+    the checkpoint was made with another preset's backbones."""
+    preset = PRESETS[config.preset].model
     if config.init_from is None and stage == 1:
         say(f"stage 1 starts from the backbones {preset.vision} (vision) and {preset.llm} (language)")
         return SliME.from_backbones(preset)
@@ -105,7 +122,7 @@ def initial_model(config: TrainConfig, stage: int) -> SliME:
     model = SliME.from_pretrained(str(before))
     for name in ("vision", "llm", "num_queries"):
         if getattr(model.config, name) != getattr(preset, name):
-            raise ValueError(f"{before} is a checkpoint of another preset: its {name} is {getattr(model.config, name)!r}, "
+            raise CheckpointError(f"{before} is a checkpoint of another preset: its {name} is {getattr(model.config, name)!r}, "
                              f"preset {config.preset} has {getattr(preset, name)!r}")
     say(f"stage {stage} starts from {before}")
     return model
@@ -122,15 +139,14 @@ def learning_rate_scale(step: int, steps: int, warmup_ratio: float = 0.03) -> fl
 def train_stage(config: TrainConfig, stage: int, device: torch.device) -> SliME:
     """Trains one stage and writes its folder; returns the model."""
     torch.manual_seed(config.seed)
-    plan = STAGES[stage]
-    steps, batch_size, rate, llm_rate = PRESETS[config.preset][1][stage]
-    steps, batch_size = config.max_steps or steps, config.batch_size or batch_size
+    plan, recipe = STAGES[stage], PRESETS[config.preset].recipes[stage]
+    steps, batch_size = config.max_steps or recipe.steps, config.batch_size or recipe.batch_size
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     model = initial_model(config, stage).to(device)
     model.requires_grad_(False)
     groups = [{"params": list(getattr(model, name).requires_grad_(True).parameters()),
-               "lr": llm_rate if name == "llm" else rate} for name in plan.trained]
+               "lr": recipe.llm_learning_rate if name == "llm" else recipe.learning_rate} for name in plan.trained]
     trained = [parameter for group in groups for parameter in group["params"]]
     say(f"stage {stage}: shows {plan.parts}, trains {', '.join(plan.trained)} "
         f"({sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} parameters), "

@@ -1,0 +1,21 @@
+"""Fixtures shared by the tests of whole flows."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from sliming.model import SliME
+from sliming.trainer import PRESETS
+
+
+@pytest.fixture
+def model() -> SliME:
+    """The tiny preset before training (new adapter and compression, seeded), with gates that are not all equal."""
+    torch.manual_seed(0)
+    model = SliME.from_backbones(PRESETS["tiny"].model).eval()
+    torch.nn.init.normal_(model.adapter.w_gate, std=0.2)
+    return model

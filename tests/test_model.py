@@ -1,0 +1,329 @@
+"""The whole model against an obvious twin: one sample at a time, transformers' own attention, logits everywhere."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from sliming.backbones import TINY, VisionTower, load_vision
+from sliming.chat import IGNORE, IMAGE_TOKEN, encode
+from sliming.model import Batch, Sample, SliME, SliMEConfig, raster_order, sample_token
+from sliming.router import route
+from sliming.synthetic import generator, render, sample_scene
+
+
+def picture(seed, size=None):
+    rng = generator("train", 0, 0, seed)
+    image = render(sample_scene(rng), rng)
+    return image.resize(size) if size else image
+
+
+def sample(model, *values, images=()):
+    conversation = [{"from": "gpt" if i % 2 else "human", "value": value} for i, value in enumerate(values)]
+    return Sample(encode(conversation, "chat", model.tokenizer), [model.slice(image) for image in images])
+
+
+@pytest.fixture
+def samples(model):
+    """Unequal in every way: no image, one, three; one crop and many; short and long answers; several turns."""
+    return [
+        sample(model, "<image>\nWhat is this?", "a red bar", images=[picture(1)]),
+        sample(model, "No picture here", "yes, none at all, and a longer answer"),
+        sample(model, "<image>One <image>\ntwo<image>", "three", "Are you sure?", "no",
+               images=[picture(2, (64, 64)), picture(3, (250, 40)), picture(4)]),
+        sample(model, "<image>", "an image without a question", images=[picture(5)]),
+    ]
+
+
+def twin_embeddings(model, one, parts="both"):
+    """Embeddings [T, D] and labels [T] of one sample, view by view, token by token."""
+    embedding, config = model.llm.get_input_embeddings(), model.config
+    question = embedding(torch.tensor(one.text.question, dtype=torch.long))
+    rows, labels, images = [], [], iter(one.images)
+    for token, label in zip(one.text.ids, one.text.labels):
+        if token != IMAGE_TOKEN:
+            rows.append(embedding(torch.tensor(token)))
+            labels.append(label)
+            continue
+        slices = next(images)
+        columns, grid_rows = slices.grid
+        features = model.vision(slices.global_view[None])
+        gates = (features @ model.adapter.w_gate).softmax(-1)
+        seen = []
+        if parts != "local":
+            query_former = model.adapter.mlp(model.adapter.query_former(features))
+            seen += list((gates[..., :1] * model.adapter.mlp(features) + gates[..., 1:] * query_former)[0])
+        if parts == "both":
+            seen.append(embedding(torch.tensor(model.tokenizer(",", add_special_tokens=False)["input_ids"][-1])))
+        if parts != "global":
+            side = model.compression.side
+            raster = [[None] * (columns * side) for _ in range(grid_rows * side)]
+            for place, crop in enumerate(slices.crops):
+                tokens = model.adapter.mlp(model.compression(model.vision(crop[None])))[0]
+                for i, token_vector in enumerate(tokens):
+                    y, x = place // columns * side + i // side, place % columns * side + i % side
+                    raster[y][x] = token_vector
+            local = torch.stack([vector for line in raster for vector in line])
+            keep = torch.ones(len(local), dtype=torch.bool)
+            if parts == "both":
+                keep = route(local, [len(local)], question, [len(question)], gamma=config.gamma)
+            seen += list(local[keep])
+        rows += seen
+        labels += [IGNORE] * len(seen)
+    return torch.stack(rows), labels
+
+
+@pytest.mark.parametrize("parts", ["both", "global", "local"])
+def test_packed_equals_alone_forward_and_every_gradient(model, samples, parts):
+    model.requires_grad_(True)
+    model.vision.requires_grad_(False)
+    output = model(Batch.pack(samples), parts=parts)
+    output.loss.backward()
+    fast = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    reference = LlamaForCausalLM._from_config(model.llm.config, attn_implementation="eager").eval()
+    reference.load_state_dict(model.llm.state_dict())
+    model.llm = reference  # its gradients are compared below under the same names
+    losses, logits = [], []
+    for one in samples:
+        embeddings, labels = twin_embeddings(model, one, parts)
+        every = reference(inputs_embeds=embeddings[None]).logits[0]
+        learned = [t for t, label in enumerate(labels) if label != IGNORE]
+        logits.append(every[[t - 1 for t in learned]])
+        losses.append(F.cross_entropy(logits[-1], torch.tensor([labels[t] for t in learned]), reduction="sum"))
+    torch.testing.assert_close(output.logits, torch.cat(logits), atol=2e-5, rtol=1e-4)
+    loss = sum(losses) / sum(len(part) for part in logits)
+    torch.testing.assert_close(output.loss, loss, atol=1e-6, rtol=1e-5)
+    loss.backward()
+    slow = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    # Batch-wide modules get zero gradients where the twin gives none (an unused expert, unused noise).
+    assert set(slow) <= set(fast)
+    for name, gradient in fast.items():
+        other = slow.get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, other, atol=2e-6, rtol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_neighbour_changes_nothing(model, samples):
+    together = model(Batch.pack(samples)).logits
+    counts = [sum(label != IGNORE for label in s.text.labels) for s in samples]
+    for one, part in zip(samples, together.split(counts)):
+        torch.testing.assert_close(model(Batch.pack([one])).logits, part, atol=1e-5, rtol=1e-5)
+
+
+def test_router_reads_the_question_and_nothing_else(model):
+    image = picture(7)
+    def kept(question, answer):
+        batch = Batch.pack([sample(model, "<image>\n" + question, answer, images=[image])])
+        return model.see(batch, gamma=0.3).keep
+    same = kept("What number is on the red bar?", "12")
+    assert torch.equal(same, kept("What number is on the red bar?", "a wholly different, longer answer: red, red"))
+    assert not torch.equal(same, kept("triangle", "12"))
+    assert 0 < int(same.sum()) < len(same)
+
+
+def test_gamma_one_keeps_all_and_random_keeps_as_many(model, samples):
+    batch = Batch.pack(samples)
+    assert model.see(batch, gamma=1.0).keep.all()
+    some, random = model.see(batch, gamma=0.5), model.see(batch, gamma=0.5, random_tokens=True)
+    assert [int(part.sum()) for part in some.keep.split(some.local_lengths)] == \
+        [int(part.sum()) for part in random.keep.split(random.local_lengths)]
+    assert not torch.equal(some.keep, random.keep)
+
+
+def test_raster_order_by_hand():
+    # Two crops side by side, each 2 x 2 tokens: crop a = 0 1 / 2 3, crop b = 4 5 / 6 7. Glued: 0 1 4 5 / 2 3 6 7.
+    assert raster_order([(2, 1)], 2).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert raster_order([(1, 2), (1, 1)], 1).tolist() == [0, 1, 2]
+    assert raster_order([], 3).tolist() == []
+
+
+def test_bad_batches_are_refused(model):
+    good = sample(model, "<image>", "yes", images=[picture(1)])
+    with pytest.raises(ValueError, match="1 <image> markers and 0 images"):
+        Batch.pack([Sample(good.text, [])])
+    masked = Sample(replace(good.text, labels=[IGNORE] * len(good.text.ids)), good.images)
+    with pytest.raises(ValueError, match="no supervised token"):
+        model(Batch.pack([masked]))
+    model.llm.config.max_position_embeddings = 100
+    with pytest.raises(ValueError, match="exceeds the language model's 100"):
+        model(Batch.pack([good]), parts="both")
+    with pytest.raises(ValueError, match="parts must be one of"):
+        model(Batch.pack([good]), parts="globe")
+
+
+# ------------------------------------------------------------------------------------------------------------- answering
+
+
+def test_generation_with_cache_equals_recomputing_everything(model):
+    one = sample(model, "<image>\nWhat number is on the red bar?", images=[picture(3)])
+    fast = list(model.generate(one, max_new_tokens=12))
+    ids, slow = list(one.text.ids), []
+    for _ in range(12):
+        grown = Sample(replace(one.text, ids=ids, labels=[IGNORE] * len(ids)), one.images)
+        batch = Batch.pack([grown])
+        embeddings, _, lengths = model.embed(batch, model.see(batch))
+        token = int(model.llm.lm_head(model.decode(embeddings, lengths)[-1]).argmax())
+        if token == model.tokenizer.eos_token_id:
+            break
+        slow.append(token)
+        ids.append(token)
+    assert fast == slow and fast
+
+
+def test_generation_leaves_the_mode_and_handles_words_only(model):
+    model.train()
+    assert isinstance(model.answer(None, "How many bars are there?", max_new_tokens=4), str)
+    assert model.training
+    assert isinstance(model.answer([picture(1), picture(2)], "Which?", max_new_tokens=2), str)
+
+
+def test_streamed_pieces_are_whole_characters(model, monkeypatch):
+    text = "né 漢 🙂 ok"
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(model, "generate", lambda sample: iter(ids))
+    pieces = list(model.stream(None))
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+    monkeypatch.setattr(model, "generate", lambda sample: iter(()))
+    assert "".join(model.stream(None)) == ""
+
+
+def test_sampling():
+    logits = torch.tensor([2.0, 1.0, 0.0, -50.0])
+    assert int(sample_token(logits, 0.0, 1.0, None)) == 0
+    draws = [int(sample_token(logits, 1.0, 0.7, torch.Generator().manual_seed(i))) for i in range(200)]
+    assert set(draws) == {0, 1}  # softmax .67 .24 .09: the nucleus of .7 is the first two
+    assert abs(draws.count(0) / 200 - 0.73) < 0.1  # .67 / (.67 + .24) = .73; three standard errors
+    with pytest.raises(ValueError, match="temperature"):
+        sample_token(logits, -1.0, 1.0, None)
+
+
+# ----------------------------------------------------------------------------------------------------- saving and loading
+
+
+def test_round_trip_is_exact(model, samples, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = SliME.from_pretrained(tmp_path)
+    assert again.config == model.config
+    for (name, old), (other, new) in zip(model.tensors().items(), again.tensors().items()):
+        assert name == other and torch.equal(old, new)
+    batch = Batch.pack(samples)
+    assert torch.equal(model(batch).loss, again(batch).loss)
+    assert not list(tmp_path.glob("*.bin")) and not list(tmp_path.glob(".saving*"))
+
+
+def test_loading_is_strict(model, tmp_path):
+    from safetensors.torch import load_file, save_file
+    model.save_pretrained(tmp_path)
+    weights, path = load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors"
+    def expect(change, message):
+        changed = dict(weights)
+        change(changed)
+        save_file(changed, path)
+        with pytest.raises(ValueError, match=message):
+            SliME.from_pretrained(tmp_path)
+    expect(lambda w: w.pop("adapter.w_gate"), "lacks 1 tensors: adapter.w_gate")
+    expect(lambda w: w.update(extra=torch.zeros(1)), "unknown 1 tensors: extra")
+    expect(lambda w: w.update({"adapter.w_gate": torch.zeros(3, 2)}), "adapter.w_gate has shape")
+    path.write_bytes(path.read_bytes()[:10_000])
+    with pytest.raises(ValueError, match="unreadable weights"):
+        SliME.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "colour": 1}))
+    with pytest.raises(ValueError, match="unknown field colour"):
+        SliME.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="not that of a sliming checkpoint"):
+        SliME.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        SliME.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    torch.nn.init.normal_(model.adapter.w_gate)
+    import sliming.model as module
+    real = module.save_torch_state_dict
+
+    def full(tensors, folder):
+        real(tensors, folder)
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(module, "save_torch_state_dict", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_push_to_hub_uploads_a_loadable_checkpoint(model, tmp_path, monkeypatch):
+    import shutil
+    from types import SimpleNamespace
+    import huggingface_hub.hub_mixin as mixin
+
+    class Hub:
+        def __init__(self, **_):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, folder_path, **_):
+            shutil.copytree(folder_path, tmp_path / "uploaded")
+
+    monkeypatch.setattr(mixin, "HfApi", Hub)
+    model.push_to_hub("somebody/something")
+    assert torch.equal(SliME.from_pretrained(tmp_path / "uploaded").adapter.w_gate, model.adapter.w_gate)
+
+
+# -------------------------------------------------------------------------------------------------------------- backbones
+
+
+@pytest.fixture
+def clip_folder(tmp_path):
+    """A real, small CLIP vision model in a folder that stands for its hub id."""
+    torch.manual_seed(1)
+    config = CLIPVisionConfig(hidden_size=128, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                              image_size=56, patch_size=14)
+    clip = CLIPVisionModel(config).eval()
+    clip.save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip", clip
+
+
+def test_tower_runs_to_the_layer_that_is_used(clip_folder):
+    folder, clip = clip_folder
+    views = torch.randint(0, 256, (3, 3, 56, 56), dtype=torch.uint8)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    hidden = clip(pixel_values=(views / 255 - mean) / std, output_hidden_states=True).hidden_states
+    for layer in (-1, -2, -3):
+        tower = load_vision(str(folder), layer)
+        torch.testing.assert_close(tower(views), hidden[layer][:, 1:], atol=1e-5, rtol=1e-5)
+        assert len(tower.clip.encoder.layers) == 4 + layer and not any(p.requires_grad for p in tower.parameters())
+    with pytest.raises(ValueError, match="vision_layer must be"):
+        load_vision(str(folder), -5)
+
+
+def test_backbones_from_folders_and_a_grouped_query_llm(clip_folder, tmp_path):
+    folder, _ = clip_folder
+    llm = LlamaForCausalLM(LlamaConfig(vocab_size=700, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                       num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+                                       bos_token_id=0, eos_token_id=1, pad_token_id=1))
+    llm.save_pretrained(tmp_path / "llm")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "llm" / name).write_bytes((TINY / "llm" / name).read_bytes())
+    model = SliME.from_backbones(SliMEConfig(vision=str(folder), llm=str(tmp_path / "llm"), num_queries=4)).eval()
+    one = Sample(encode([{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "yes"}], "chat",
+                        model.tokenizer), [model.slice(picture(1))])
+    embeddings, labels = twin_embeddings(model, one)
+    eager = LlamaForCausalLM.from_pretrained(tmp_path / "llm", attn_implementation="eager")
+    learned = [t for t, label in enumerate(labels) if label != IGNORE]
+    expected = eager(inputs_embeds=embeddings[None]).logits[0, [t - 1 for t in learned]]
+    torch.testing.assert_close(model(Batch.pack([one, one])).logits, torch.cat([expected, expected]), atol=1e-5, rtol=1e-4)
+    model.save_pretrained(tmp_path / "checkpoint")
+    again = SliME.from_pretrained(tmp_path / "checkpoint")
+    assert torch.equal(again(Batch.pack([one])).loss, model(Batch.pack([one])).loss)
+    assert isinstance(VisionTower, type) and again.answer(picture(1), "What?", max_new_tokens=2) is not None

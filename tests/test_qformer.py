@@ -1,0 +1,264 @@
+"""The query former against a loop over crops and heads, by hand, and against recorded outputs.
+
+Shapes: B crops, L patches, Nq queries, D channels, H heads of Dh.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+from reference import reference_folder
+from safetensors.torch import load_file
+
+from sliming.fused_attention import query_attention
+from sliming.qformer import QueryFormer, sincos_2d
+
+
+def attention_twin(q, k, v):
+    """query_attention with explicit softmax, one crop and one head at a time."""
+    crops = []
+    for b in range(k.shape[0]):
+        heads = []
+        for h in range(q.shape[0]):
+            weights = (q[h] @ k[b, h].T / math.sqrt(q.shape[-1])).softmax(dim=-1)    # [Nq, L]
+            heads.append(weights @ v[b, h])                                         # [Nq, Dh]
+        crops.append(torch.cat(heads, dim=-1))                                      # [Nq, H*Dh]
+    return torch.stack(crops) if crops else q.new_zeros(0, q.shape[1], q.shape[0] * q.shape[2])
+
+
+def bicubic_twin(size_in, size_out):
+    """1-D bicubic resize as a matrix [out, in]: Keys' kernel, a = -3/4, centres at half, edges repeated."""
+    def kernel(t, a=-0.75):
+        t = abs(t)
+        if t <= 1:
+            return (a + 2) * t**3 - (a + 3) * t**2 + 1
+        return a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a if t < 2 else 0.0
+
+    matrix = torch.zeros(size_out, size_in, dtype=torch.float64)
+    for i in range(size_out):
+        centre = (i + 0.5) * size_in / size_out - 0.5
+        for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            matrix[i, min(max(j, 0), size_in - 1)] += kernel(centre - j)
+    return matrix
+
+
+def normalise_twin(x, ln):
+    mean = x.mean(dim=-1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(dim=-1, keepdim=True)
+    return (x - mean) / (variance + 1e-6).sqrt() * ln.weight + ln.bias
+
+
+def qformer_twin(former, x, heads):
+    """The four equations, one crop and one head at a time."""
+    def linear(w, t):
+        return t @ w.weight.T + w.bias
+
+    def split(t):                                                      # [N, D] -> [H, N, Dh]
+        return torch.stack(t.chunk(heads, dim=-1))
+
+    side = math.isqrt(x.shape[1])
+    # The module resizes in float32; that the resize itself is right has a test of its own.
+    key_position = former.key_position(side).to(x.dtype)
+    q = split(linear(former.w_q, normalise_twin(former.query, former.ln_q) + former.position))
+    out = []
+    for crop in x:
+        patches = normalise_twin(crop, former.ln_kv)
+        k, v = split(linear(former.w_k, patches + key_position)), split(linear(former.w_v, patches))
+        attended = attention_twin(q, k[None], v[None])[0]
+        out.append(normalise_twin(linear(former.w_o, attended), former.ln_post))
+    return torch.stack(out)
+
+
+def randomise(module):
+    """Replace every parameter by noise, so that no zero or one hides a mistake."""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+def released_query_former(weights, prefix, heads):
+    """A QueryFormer with the released code's Resampler weights ``prefix*``: packed q, k, v in this order."""
+    w = {key.removeprefix(prefix): value.float() for key, value in weights.items() if key.startswith(prefix)}
+    former = QueryFormer(w["query"].shape[1], w["query"].shape[0], heads)
+    state = {"query": w["query"], "position": w["pos_embed"]}
+    for name in ("ln_q", "ln_kv", "ln_post"):
+        state |= {f"{name}.{part}": w[f"{name}.{part}"] for part in ("weight", "bias")}
+    for part in ("weight", "bias"):
+        packed = w[f"attn.in_proj_{part}"].chunk(3)
+        state |= {f"{name}.{part}": value for name, value in zip(("w_q", "w_k", "w_v"), packed)}
+        state[f"w_o.{part}"] = w[f"attn.out_proj.{part}"]
+    former.load_state_dict(state)
+    return former
+
+
+# --- attention ---
+
+@pytest.mark.parametrize("crops", [0, 1, 3])
+@pytest.mark.parametrize("heads, queries, patches, width",
+                         [(1, 1, 1, 4), (2, 4, 49, 8), (3, 9, 4, 5), (2, 144, 576, 16)])
+def test_attention_is_softmax_by_hand(crops, heads, queries, patches, width):
+    torch.manual_seed(0)
+    q = torch.randn(heads, queries, width, dtype=torch.float64, requires_grad=True)
+    packed = torch.randn(2, crops, patches, heads, width, dtype=torch.float64, requires_grad=True)
+    k, v = packed.transpose(2, 3).unbind(0)                            # strided views [B, H, L, Dh]
+    out, expected = query_attention(q, k, v), attention_twin(q, k, v)
+    assert out.shape == (crops, queries, heads * width)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    if crops:
+        cotangent = torch.randn_like(out)
+        for got, want in zip(torch.autograd.grad(out, [q, packed], cotangent),
+                             torch.autograd.grad(expected, [q, packed], cotangent)):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+def test_attention_on_paper():
+    """Scores 0 and ln 3 (Dh = 1) weigh 1/4 and 3/4: of the values 8 and 4 that makes 5. Then halves."""
+    q = torch.tensor([[[1.0]]])
+    k = torch.tensor([[0.0, math.log(3)], [5.0, 5.0]]).view(2, 1, 2, 1)
+    v = torch.tensor([[8.0, 4.0], [0.0, 2.0]]).view(2, 1, 2, 1)
+    torch.testing.assert_close(query_attention(q, k, v), torch.tensor([[[5.0]], [[1.0]]]))
+
+
+# --- positions ---
+
+def test_positions_on_paper():
+    """dim 8: two frequencies, 1 and 1/100. The cell in row 0, column 1 is the second one."""
+    s, c, s2, c2 = math.sin(1), math.cos(1), math.sin(0.01), math.cos(0.01)
+    expected = torch.tensor([[0, 0, 1, 1, 0, 0, 1, 1], [s, s2, c, c2, 0, 0, 1, 1],
+                             [0, 0, 1, 1, s, s2, c, c2], [s, s2, c, c2, s, s2, c, c2]])
+    assert sincos_2d(8, 2).dtype == torch.float32
+    torch.testing.assert_close(sincos_2d(8, 2), expected)
+
+
+@pytest.mark.parametrize("query_side, key_side", [(1, 7), (2, 1), (3, 7), (12, 24), (7, 3), (12, 12)])
+def test_key_positions_are_resized_bicubically(query_side, key_side):
+    former = QueryFormer(16, query_side**2)
+    matrix = bicubic_twin(query_side, key_side)
+    grid = former.position.double().view(query_side, query_side, 16)
+    expected = torch.einsum("ir,jc,rcd->ijd", matrix, matrix, grid).flatten(0, 1)
+    got = former.key_position(key_side)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
+    if query_side == key_side:
+        assert torch.equal(got, former.position)
+
+
+# --- the module ---
+
+@pytest.mark.parametrize("queries", [1, 4, 9, 144])
+@pytest.mark.parametrize("patches", [1, 4, 49, 576])
+@pytest.mark.parametrize("crops", [1, 3])
+def test_forward_and_every_gradient(queries, patches, crops):
+    torch.manual_seed(queries + patches + crops)
+    former = randomise(QueryFormer(8, queries, num_heads=2).double())
+    x = torch.randn(crops, patches, 8, dtype=torch.float64, requires_grad=True)
+    out, expected = former(x), qformer_twin(former, x, heads=2)
+    assert out.shape == (crops, queries, 8)
+    torch.testing.assert_close(out, expected, rtol=1e-8, atol=1e-9)
+    names, leaves = zip(("x", x), *former.named_parameters())
+    assert len(names) == 1 + 1 + 3 * 2 + 4 * 2
+    cotangent = torch.randn_like(out)
+    for name, got, want in zip(names, torch.autograd.grad(out, leaves, cotangent),
+                               torch.autograd.grad(expected, leaves, cotangent)):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-8, msg=lambda t: f"grad of {name}: {t}")
+
+
+def test_no_crops_is_fine():
+    former = QueryFormer(8, 4)
+    out = former(torch.zeros(0, 9, 8))
+    assert out.shape == (0, 4, 8)
+    out.sum().backward()
+    assert all((parameter.grad == 0).all() for parameter in former.parameters())
+
+
+def test_crops_do_not_see_each_other_and_share_one_query_projection():
+    torch.manual_seed(0)
+    former = randomise(QueryFormer(8, 4, num_heads=2))
+    seen = []
+    former.w_q.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape)))
+    x = torch.randn(3, 9, 8)
+    together = former(x)
+    assert seen == [(4, 8)]
+    for b in range(3):
+        torch.testing.assert_close(former(x[b:b + 1])[0], together[b])
+
+
+def test_values_carry_no_position():
+    """Identical patches have identical values, so the answer is the same wherever the weights fall."""
+    torch.manual_seed(0)
+    former = randomise(QueryFormer(8, 4, num_heads=2))
+    out = former(torch.randn(8).expand(1, 9, 8))
+    torch.testing.assert_close(out, out[:, :1].expand_as(out))
+
+
+def test_initialisation_and_state():
+    torch.manual_seed(0)
+    former = QueryFormer(256, 144)
+    assert former.num_heads == 2 and QueryFormer(64, 4).num_heads == 1 and QueryFormer(1024, 4).num_heads == 8
+    assert former.query.std().item() == pytest.approx(0.02, rel=0.05) and former.query.abs().max() > 0.05
+    for linear in (former.w_q, former.w_k, former.w_v, former.w_o):
+        bound = math.sqrt(6 / (256 + 256))                             # xavier: uniform, variance bound^2 / 3
+        assert linear.weight.abs().max() <= bound and (linear.bias == 0).all()
+        assert linear.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert {former.ln_q.eps, former.ln_kv.eps, former.ln_post.eps} == {1e-6}
+    assert "position" in former.state_dict() and not former.position.requires_grad
+
+
+def test_bfloat16_stays_close():
+    torch.manual_seed(0)
+    former = QueryFormer(32, 9, num_heads=2)
+    x = torch.randn(2, 49, 32)
+    expected = former(x)
+    out = former.bfloat16()(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    # Outputs have unit size; bfloat16 rounds at 2^-9 in some ten steps, and LN_post enlarges small errors.
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.15)
+
+
+@pytest.mark.parametrize("queries", [0, -4, 2, 12, 145])
+def test_queries_must_form_a_square(queries):
+    with pytest.raises(ValueError, match="num_queries must be a perfect square"):
+        QueryFormer(8, queries)
+
+
+@pytest.mark.parametrize("patches", [0, 2, 48])
+def test_patches_must_form_a_square(patches):
+    with pytest.raises(ValueError, match="patches per crop must be a perfect square"):
+        QueryFormer(8, 4)(torch.zeros(1, patches, 8))
+
+
+def test_widths_must_fit():
+    with pytest.raises(ValueError, match="num_heads must divide dim"):
+        QueryFormer(8, 4, num_heads=3)
+    with pytest.raises(ValueError, match="divisible by 4"):
+        QueryFormer(6, 4)
+
+
+# --- recorded outputs ---
+
+@pytest.mark.reference
+def test_released_resamplers():
+    """Every recorded Resampler and input: positions 1e-5, outputs 5e-5 (a float32 port saw 8.4e-6)."""
+    tensors = load_file(reference_folder("golden") / "modules.safetensors")
+    cases = json.loads((reference_folder("golden") / "modules.json").read_text())["cases"]
+    compared = 0
+    for case, info in cases.items():
+        if info["cls"] != "Resampler":
+            continue
+        former = released_query_former(tensors, f"{case}/weights/", info["num_heads"])
+        # Their positions are ours rounded to float16: numbers up to 1 move by at most 2^-12 = 2.4e-4.
+        ours = sincos_2d(former.query.shape[1], former.side)
+        torch.testing.assert_close(former.position, ours, rtol=0, atol=2.5e-4)
+        for key, value in tensors.items():
+            if key.startswith(f"{case}/inter/key_pos_"):
+                side = math.isqrt(value.shape[0])
+                torch.testing.assert_close(former.key_position(side), value, rtol=0, atol=1e-5)
+            elif key.startswith(f"{case}/in/x"):
+                out = former(value)
+                expected = tensors[key.replace("/in/x", "/out/y")]
+                torch.testing.assert_close(out, expected, rtol=0, atol=5e-5)
+                compared += 1
+        if f"{case}/out/y_2d_of_x0" in tensors:
+            out = former(tensors[f"{case}/in/x"][:1])[0]
+            torch.testing.assert_close(out, tensors[f"{case}/out/y_2d_of_x0"], rtol=0, atol=5e-5)
+    assert compared, "the folder holds no Resampler case"

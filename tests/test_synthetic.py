@@ -1,0 +1,117 @@
+"""The built-in question set: honest pictures, unambiguous questions, disjoint and repeatable streams."""
+
+import numpy as np
+import pytest
+
+from sliming.slicer import slice_image
+from sliming.synthetic import (COUNTS, CROP, DETAIL_PROMPTS, GLYPHS, TrainingSet, caption, detail_questions, generator,
+                               global_questions, held_out, render, sample_scene)
+
+
+def scenes(count, **options):
+    for index in range(count):
+        rng = generator("train", 0, 0, index)
+        yield sample_scene(rng, **options), rng
+
+
+def read_number(image, at):
+    """Matches the pixels at `at` with the glyphs: the twin of printing."""
+    x, y = at
+    text = ""
+    for _ in range(2):
+        dark = np.asarray(image)[y:y + 7, x:x + 5].max(axis=-1) < 60
+        text += next((glyph for glyph, mask in GLYPHS.items() if np.array_equal(mask, dark)), "?")
+        x += 6
+    return text
+
+
+def test_every_printed_number_is_the_fact_s():
+    for scene, rng in scenes(300):
+        image = render(scene, rng)
+        for item in scene.items:
+            assert read_number(image, item.print_at) == str(item.number), (scene.kind, item)
+
+
+def test_labels_stay_inside_one_crop_unless_asked():
+    across = 0
+    for seams in (False, True):
+        for scene, _ in scenes(400, across_seams=seams):
+            for item in scene.items:
+                (x, y), (w, h) = item.print_at, (11, 7)
+                crossing = x // CROP != (x + w - 1) // CROP or y // CROP != (y + h - 1) // CROP
+                assert seams or not crossing
+                across += crossing
+    assert across > 100  # and with the option they do lie across
+
+
+def test_pictures_are_whole_crops_and_slicing_does_not_rescale():
+    for scene, rng in scenes(60):
+        image = render(scene, rng)
+        columns, rows = slice_image(image, crop_size=CROP).grid
+        assert image.size == scene.size == (columns * CROP, rows * CROP) and max(columns, rows) >= 3
+
+
+def test_global_view_loses_the_print_but_not_the_colours():
+    """Two pictures that differ in their numbers only: the global views are almost the same, the crops are not."""
+    for scene, _ in scenes(40):
+        other = type(scene)(scene.kind, scene.size, tuple(
+            type(item)(**{**item.__dict__, "number": 10 + (item.number + 33) % 90}) for item in scene.items),
+            scene.accent, scene.paper)
+        a, b = (slice_image(render(s, np.random.default_rng(0)), crop_size=CROP) for s in (scene, other))
+        coarse = (a.global_view.float() - b.global_view.float()).abs().mean()
+        fine = (a.crops.float() - b.crops.float()).abs().amax(dim=(0, 1)).max()
+        assert coarse < 1.5 and fine > 150  # grey levels of 255
+
+
+def test_global_answers_follow_from_what_is_drawn():
+    for scene, _ in scenes(300):
+        answers = dict(global_questions(scene))
+        assert COUNTS[len(scene.items)] in answers.values()
+        if scene.kind == "chart":
+            tallest = min(scene.items, key=lambda item: item.box[1])
+            assert answers["What colour is the tallest bar?"] == tallest.colour
+            assert tallest.number == max(item.number for item in scene.items)
+        for question, answer in answers.items():
+            if question.startswith("What shape is"):
+                colour = question.rstrip("?").split()[-1]
+                assert [item.role for item in scene.items if item.colour == colour] == [answer]
+
+
+def test_detail_questions_have_one_answer_each():
+    for scene, _ in scenes(300):
+        questions = [question for question, _ in detail_questions(scene)]
+        assert len(set(questions)) == len(questions) == len(scene.items)
+
+
+def test_captions_tell_numbers_only_of_small_pictures():
+    for small in (False, True):
+        for scene, rng in scenes(100, small=small):
+            assert any(character.isdigit() for character in caption(scene, rng)) == small
+
+
+def test_samples_are_repeatable_and_streams_are_disjoint():
+    def key(record):
+        return np.asarray(record["image"]).tobytes(), str(record["conversations"])
+
+    assert key(TrainingSet(3, seed=1)[5]) == key(TrainingSet(3, seed=1)[5])
+    seen = {key(TrainingSet(3, seed)[i])[0] for seed in (0, 1) for i in range(300)}
+    seen |= {key(TrainingSet(2)[i])[0] for i in range(300)}
+    assert len(seen) == 900
+    for family in ("global", "detail"):
+        assert not seen & {key(held_out(family, i))[0] for i in range(300)}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_ask_as_the_paper_says(stage):
+    for index in range(50):
+        human = TrainingSet(stage)[index]["conversations"][0]["value"].removeprefix("<image>\n")
+        assert human == "" if stage == 1 else human in DETAIL_PROMPTS if stage == 2 else human.endswith("?")
+
+
+@pytest.mark.reference
+def test_detail_prompts_are_table_5_word_for_word():
+    from reference import reference_folder
+    paper = "".join(reference_folder("paper/beyond-llava-hd.txt").read_text().split())
+    assert len(DETAIL_PROMPTS) == len(set(DETAIL_PROMPTS)) == 16
+    for number, prompt in enumerate(DETAIL_PROMPTS, 1):  # the extracted text has lost its spaces
+        assert f"{number}{''.join(prompt.split())}" in paper
