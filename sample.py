@@ -84,8 +84,17 @@ def raster(crops: Tensor, columns: int, rows: int) -> np.ndarray:
     return grid.reshape(rows * size, columns * size, 3).numpy()
 
 
+def read_question() -> str:
+    """One line from the keyboard; empty at the end of input, too."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return ""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__.split("\n\n")[0], epilog=__doc__,
+    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="image(s) to ask about; none: words only")
     parser.add_argument("--prompt", help="the question; without it, a conversation")
@@ -113,10 +122,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
 
     conversation = []
-    while True:
-        question = arguments.prompt if arguments.prompt is not None else input("> ").strip() if sys.stdin else ""
-        if not question:
-            break
+    while question := arguments.prompt or read_question():
         markers = f"{IMAGE}\n" * len(images) if not conversation else ""
         conversation.append({"from": "human", "value": markers + question.replace(IMAGE, "")})
         sample = model.prompt(conversation, images)
@@ -130,7 +136,7 @@ def main() -> None:
         if arguments.explain:
             explain(model, sample, arguments.gamma, answer.strip(), arguments.explain)
             print(f"wrote {arguments.explain}", file=sys.stderr)
-        if arguments.prompt is not None:
+        if arguments.prompt:
             break
 
 

@@ -8,6 +8,7 @@
 Each stage starts from the checkpoint of the one before in --out and writes its own beside it.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -19,11 +20,16 @@ from transformers import HfArgumentParser
 
 from sliming.data import RecordError
 from sliming.evaluate import held_out_accuracy, table
+from sliming.model import CheckpointError
 from sliming.trainer import PRESETS, STAGES, TrainConfig, is_main, say, train_stage
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help with this file's docstring as it stands, and every flag's default."""
+
+
 def main() -> None:
-    parser = HfArgumentParser(TrainConfig, prog="train.py", description=__doc__.split("\n\n")[0], epilog=__doc__)
+    parser = HfArgumentParser(TrainConfig, prog="train.py", description=__doc__, formatter_class=HelpFormatter)
     (config,) = parser.parse_args_into_dataclasses()
     if config.preset not in PRESETS:
         parser.error(f"unknown preset {config.preset!r}; there are {', '.join(PRESETS)}")
@@ -48,7 +54,7 @@ def main() -> None:
                 path = Path(config.out) / f"stage{stage}" / "eval.json"
                 path.write_text(json.dumps(results, indent=2) + "\n")
                 say(table(results))
-    except (RecordError, FileNotFoundError, FloatingPointError) as error:
+    except (RecordError, CheckpointError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     finally:
         if dist.is_initialized():

@@ -33,7 +33,7 @@ from sliming.slicer import slice_image
 from sliming.synthetic import (COLOURS, COUNTS, CROP, DETAIL_PROMPTS, KINDS, LETTERS, NUMBER_SIZE, SHAPES, Scene, caption,
                                description, detail_questions, generator, global_questions, render, sample_scene)
 
-VISION_STEPS, LLM_STEPS = 2500, 1200
+VISION_STEPS, LLM_STEPS = 2500, 2400
 PATCH = 8
 ROLES = ("", "bar", "row", "header", *SHAPES)
 CLASSES = {"colour": ("", *COLOURS), "role": ROLES, "letter": ("", *LETTERS), "tens": ("", *"123456789"),
@@ -182,7 +182,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         rng = generator("pretraining", 2, index)
         scene = sample_scene(rng, small=index % 2 == 0)
         pairs = detail_questions(scene) + global_questions(scene)
-        texts += [" " + caption(scene, rng), " " + description(scene, rng)]
+        texts += [" " + caption(scene, rng, readable=scene.small), " " + description(scene, rng)]
         texts += [f"USER: \n{question} ASSISTANT: {answer}" for question, answer in pairs]
     texts += [prompt for prompt in DETAIL_PROMPTS for _ in range(200)]
     bpe = Tokenizer(models.BPE())
@@ -230,19 +230,19 @@ def write_document(rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast)
         asks_whole = question.startswith("How many") or scene.kind != "shapes"
         pairs.append((question, answer, summary if asks_whole else by_name[question.rstrip("?").split()[-1]]))
     document.text([tokenizer.bos_token_id], learn=False)
-    as_text = rng.random() < 0.35
+    as_text = rng.random() < 0.4
     form = rng.choice(["questions", "questions", "questions", "description", "caption"])
     if form != "caption":
         document.text(ids("USER: "), learn=False)
     if as_text:
-        document.text(ids(" " + caption(scene, rng) + " " + description(scene, rng)))
+        document.text(ids(" " + caption(scene, rng, readable=True)))
         form = "questions"
     else:
         local_only = form == "description" and rng.random() < 0.7
         global_only = form == "caption"
         _write_slots(document, scene, rng, ids, show_global=not local_only, show_local=not global_only)
     if form == "caption":
-        document.text(ids(caption(scene, rng)) + [tokenizer.eos_token_id])
+        document.text(ids(caption(scene, rng, readable=scene.small)) + [tokenizer.eos_token_id])
         return document
     document.text(ids("\n"), learn=False)
     if form == "description":
@@ -357,7 +357,10 @@ def pretrain_llm(steps: int, seed: int, learning_rate: float = 3e-3) -> tuple[Ll
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.08)
 
     def run(batch: dict, noise: float) -> tuple[Tensor, Tensor, Tensor]:
-        vectors = (embedding[batch["words"]] * batch["weights"][..., None]).sum(2)  # [B, T, W, D] -> [B, T, D]
+        words = batch["words"]                                                    # [B, T, W]
+        vectors = F.embedding_bag(words.flatten(0, 1), embedding, mode="sum",
+                                  per_sample_weights=batch["weights"].flatten(0, 1))
+        vectors = vectors.view(*words.shape[:2], -1)                              # [B * T, D] -> [B, T, D]
         is_slot = (batch["slot"] != -1)[..., None]
         inputs = vectors + noise * is_slot * torch.randn_like(vectors) * 128 ** -0.5
         logits = llm(inputs_embeds=inputs, position_ids=batch["positions"],

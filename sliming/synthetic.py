@@ -257,8 +257,8 @@ def _print(canvas: np.ndarray, at: tuple[int, int], text: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------- words
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Stage I: what the global view shows; numbers and letters only if the picture is small enough to read them."""
+def caption(scene: Scene, rng: np.random.Generator, readable: bool) -> str:
+    """Stage I: what the global view shows; numbers and letters only if they are `readable` there, as in small pictures."""
     count = COUNTS[len(scene.items)]
     if scene.kind == "chart":
         text = f"a chart with {count} bars, the tallest is {scene.accent}"
@@ -267,7 +267,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     else:
         text = f"a picture with {count} shape{'s' if len(scene.items) > 1 else ''}"
     items = [scene.items[i] for i in rng.permutation(len(scene.items))]
-    if scene.small:
+    if readable:
         return f"{text}: " + ", ".join(f"{item.name} {item.number}" for item in items) + "."
     if scene.kind == "table":
         return f"{text}."
@@ -327,7 +327,7 @@ class TrainingSet:
         rng = generator("train", self.stage, self.seed, index)
         scene = sample_scene(rng, small=rng.random() < SMALL_SHARE[self.stage])
         if self.stage == 1:
-            turns = [("", caption(scene, rng))]
+            turns = [("", caption(scene, rng, readable=scene.small))]
         elif self.stage == 2:
             turns = [(DETAIL_PROMPTS[rng.integers(len(DETAIL_PROMPTS))], description(scene, rng))]
         else:  # one to three questions about one picture, as in LLaVA's instruction data

@@ -103,7 +103,7 @@ def batches(model, **changes):
 
 
 def test_ranks_share_each_batch_and_workers_do_not_matter(model):
-    whole = [batch for batch, _ in batches(model)]
+    whole = [batch for batch, _ in batches(model)]  # ends after the last step
     assert len(whole) == 4
     for step in range(4):
         parts = [batches(model, rank=rank, world=4)[step][0] for rank in range(4)]
