@@ -65,12 +65,17 @@ def held_out_accuracy(model: SliME, questions: int, parts: str = "both", across_
             indices = range(start, min(start + batch_size, questions))
             batch = Batch.pack([load_sample(held_out(family, index, across_seams), None, "chat", model)
                                 for index in indices]).to(device)
-            features = model.vision(batch.views)
+            features, done = model.vision(batch.views), {}
             for name, (asks, shown, gamma, random_tokens) in SETTINGS.items():
-                if asks == family:
-                    visual = model.see(batch, shown if parts == "both" else parts, gamma, random_tokens, features)
-                    hits[name] += exact(batch, model(batch, visual=visual).logits)
-                    kept[name] += int(visual.keep.sum())
+                if asks != family:
+                    continue
+                shown = shown if parts == "both" else parts
+                setting = (shown, gamma, random_tokens) if shown == "both" else (shown,)  # without router no gamma
+                if setting not in done:
+                    visual = model.see(batch, shown, gamma, random_tokens, features)
+                    done[setting] = exact(batch, model(batch, visual=visual).logits), int(visual.keep.sum())
+                hits[name] += done[setting][0]
+                kept[name] += done[setting][1]
     torch.set_rng_state(torch_random)
     return {name: {"accuracy": sum(hit) / questions, "n": questions, "local_tokens": round(kept[name] / questions, 1)}
             for name, hit in hits.items()}

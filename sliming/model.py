@@ -162,26 +162,23 @@ class SliME(nn.Module, ModelHubMixin):
         """
         if parts not in PARTS:
             raise ValueError(f"parts must be one of {', '.join(PARTS)}, got {parts!r}")
-        first, count = [], 0  # each image's first view is its global view
-        for columns, rows in batch.grids:
-            first.append(count)
-            count += 1 + columns * rows
-        is_global = torch.zeros(count, dtype=torch.bool)
-        is_global[first] = True
+        show = {True: parts != "local", False: parts != "global"}  # is it a global view? -> is it shown?
+        is_global = [place == 0 for columns, rows in batch.grids for place in range(1 + columns * rows)]  # V
+        wanted = [view for view, whole in enumerate(is_global) if show[whole]]
         device, dtype = self.adapter.w_gate.device, self.adapter.w_gate.dtype
-        show_global, show_local = parts != "local", parts != "global"
-        wanted = torch.nonzero(is_global if not show_local else ~is_global if not show_global else is_global >= 0)[:, 0]
-        if features is None:  # encode only what is shown, all samples' views in one call
-            views = batch.views if len(wanted) == count else batch.views[wanted.to(batch.views.device)]
-            shape = (0, self.adapter.num_tokens, self.adapter.w_gate.shape[0])
-            features = self.vision(views) if len(views) else torch.zeros(shape, device=device)
+        chosen = torch.tensor(wanted, dtype=torch.long, device=batch.views.device)
+        if features is not None:
+            features = features[chosen]
+        elif wanted:  # only what is shown, the views of all samples in one call
+            features = self.vision(batch.views if len(wanted) == len(is_global) else batch.views[chosen])
         else:
-            features = features[wanted.to(device)]
-        features, is_global = features.to(dtype), is_global[wanted].to(device)
+            features = torch.zeros(0, self.adapter.num_tokens, self.adapter.w_gate.shape[0], device=device)
+        features = features.to(dtype)                                             # [shown, L, Dv]
+        is_global = torch.tensor([is_global[view] for view in wanted], dtype=torch.bool, device=device)
 
         whole, gates = self.adapter(features[is_global])                          # [I or 0, L, D], [I or 0, L, 2]
         compressed = self.adapter.mlp(self.compression(features[~is_global]))     # [sum P or 0, Nq, D]
-        grids = batch.grids if show_local else []
+        grids = batch.grids if show[False] else []
         order = raster_order(grids, self.compression.side).to(device)
         local = compressed.flatten(0, 1)[order]                                   # [sum P * Nq, D] -> [M, D]
         local_lengths = [columns * rows * self.config.num_queries for columns, rows in grids]
@@ -200,17 +197,15 @@ class SliME(nn.Module, ModelHubMixin):
         table = self.llm.get_input_embeddings()
         words = table(batch.input_ids.clamp(min=0))                               # [N, D]
         separator = table(torch.tensor([self.separator_id], device=words.device))  # [1, D]
-        kept = torch.stack([part.sum() for part in visual.keep.split(visual.local_lengths)]).tolist() \
-            if visual.local_lengths else []                                       # the one wait for the device
-        images = []
-        locals_ = visual.local[visual.keep].split(kept)                           # I x [K_i, D]
-        for image in range(len(batch.grids)):
-            pieces = []
-            if len(visual.whole):
-                pieces.append(visual.whole[image])
-            if len(locals_):
-                pieces += [separator, locals_[image]] if pieces else [locals_[image]]
-            images.append(torch.cat(pieces))
+        pieces: list[list[Tensor]] = [[] for _ in batch.grids]
+        for image, tokens in enumerate(visual.whole):
+            pieces[image].append(tokens)                                          # [L, D]
+        if visual.local_lengths:
+            counts = torch.stack([part.sum() for part in visual.keep.split(visual.local_lengths)])
+            kept = visual.local[visual.keep].split(counts.tolist())               # the one wait for the device
+            for image, tokens in enumerate(kept):                                 # [K, D]
+                pieces[image] += [separator, tokens] if pieces[image] else [tokens]
+        images = [torch.cat(piece) for piece in pieces]
         embeddings, labels, lengths = [], [], []
         start, image = 0, 0
         for length, places in zip(batch.lengths, batch.image_places):

@@ -72,6 +72,8 @@ class QueryFormer(nn.Module):
         for linear in (self.w_q, self.w_k, self.w_v, self.w_o):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
+        # Keys start as queries do, so that from the first step on each query looks at its own place of the crop.
+        self.w_k.weight.data.copy_(self.w_q.weight)
 
     def key_position(self, side: int) -> torch.Tensor:
         """Positions on a side x side patch grid, float32 [side*side, D]; as stored where the grids agree."""

@@ -68,7 +68,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(SliMEConfig(vision="tiny", llm="tiny", vision_layer=-1, num_queries=16),
-                   {1: Recipe(400, 16, 2e-3), 2: Recipe(400, 16, 2e-3), 3: Recipe(500, 16, 1e-3, 5e-4)}),
+                   {1: Recipe(400, 16, 2e-3), 2: Recipe(400, 16, 2e-3), 3: Recipe(550, 16, 1e-3, 1e-3)}),
 }
 
 
