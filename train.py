@@ -30,7 +30,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def main() -> None:
     parser = HfArgumentParser(TrainConfig, prog="train.py", description=__doc__, formatter_class=HelpFormatter)
-    (config,) = parser.parse_args_into_dataclasses()
+    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown flag {' '.join(unknown)}; --help lists them")
     if config.preset not in PRESETS:
         parser.error(f"unknown preset {config.preset!r}; there are {', '.join(PRESETS)}")
     if config.stage not in ("all", *map(str, STAGES)):

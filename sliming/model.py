@@ -321,7 +321,10 @@ class SliME(nn.Module, ModelHubMixin):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
-            save_torch_state_dict(self.tensors(), new)
+            try:
+                save_torch_state_dict(self.tensors(), new)
+            except SafetensorError as error:  # how safetensors reports a failed write
+                raise OSError(f"{folder}: cannot save ({error}); free some space, what was there is unchanged") from error
             self.tokenizer.save_pretrained(new)
             config = {"format": "sliming", **asdict(self.config)}
             (Path(new) / "config.json").write_text(json.dumps(config, indent=2) + "\n")

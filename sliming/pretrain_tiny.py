@@ -31,10 +31,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from sliming.backbones import VisionTower
 from sliming.qformer import sincos_2d
 from sliming.slicer import slice_image
-from sliming.synthetic import (ALIKE_SHARE, COLOURS, COUNTS, CROP, DETAIL_PROMPTS, KINDS, LETTERS, NUMBER_SIZE, SHAPES, Scene, caption,
+from sliming.synthetic import (COLOURS, COUNTS, CROP, DETAIL_PROMPTS, KINDS, LETTERS, NUMBER_SIZE, SHAPES, Scene, caption,
                                description, detail_questions, generator, global_questions, render, sample_scene)
 
-VISION_STEPS, LLM_STEPS = 2500, 1400
+VISION_STEPS, LLM_STEPS = 2500, 1200
 PATCH = 8
 ROLES = ("", "bar", "row", "header", *SHAPES)
 CLASSES = {"colour": ("", *COLOURS), "role": ROLES, "letter": ("", *LETTERS), "tens": ("", *"123456789"),
@@ -220,7 +220,7 @@ def write_document(rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast)
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    scene = sample_scene(rng, small=rng.random() < 0.3, alike=rng.random() < ALIKE_SHARE)
+    scene = sample_scene(rng, small=rng.random() < 0.3)
     document = Document()
     details, general = detail_questions(scene), global_questions(scene)
     pairs = [(question, answer, fact) for fact, (question, answer) in enumerate(details)]

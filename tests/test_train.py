@@ -122,7 +122,7 @@ def test_learning_rate_schedule():
 @pytest.mark.parametrize("arguments, message", [
     (["--preset", "gigantic"], "unknown preset 'gigantic'; there are tiny"),
     (["--stage", "4"], "unknown stage '4'; use 1, 2, 3 or all"),
-    (["--colour", "red"], "--colour"),
+    (["--colour", "red"], "unknown flag --colour red"),
     (["--stage", "2", "--out", "empty"], r"run first: python train.py --stage 1 --preset tiny --out empty"),
     (["--stage", "3", "--init-from", "nowhere/at/all"], "nowhere/at/all: no such checkpoint folder"),
     (["--init-from", "somewhere"], "name the stage with --stage"),
