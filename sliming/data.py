@@ -12,6 +12,7 @@ world-size-th record of the batch), and training goes on from any step without r
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,13 @@ class Order:
 
     def __getitem__(self, place: int) -> int:
         epoch, rest = divmod(place, self.size)
-        return int(np.random.default_rng([self.seed, epoch]).permutation(self.size)[rest])
+        return int(permutation(self.size, self.seed, epoch)[rest])
+
+
+@lru_cache(maxsize=2)  # a batch touches one epoch, or two at its border; drawing one costs as much as all its records
+def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one epoch: int64 [size]."""
+    return np.random.default_rng([seed, epoch]).permutation(size)
 
 
 @dataclass(frozen=True)

@@ -312,8 +312,10 @@ class SliME(nn.Module, ModelHubMixin):
         names = {name for name, _ in self.named_parameters()} | {name for name, _ in self.named_buffers()}
         return {name: tensor for name, tensor in self.state_dict().items() if name in names}
 
-    def save_pretrained(self, folder: str | Path, **_) -> None:
+    def save_pretrained(self, folder: str | Path, *, config: None = None, model_card_kwargs: dict | None = None) -> None:
         """Writes config.json, safetensors (sharded above 5 GB) and the tokenizer's files.
+
+        The two keywords are what the mixin's `push_to_hub` passes along; the configuration is the model's own.
 
         Everything is written beside the old files first and moved over them last, so that a full disk (OSError) leaves
         a checkpoint that was there before whole.

@@ -47,8 +47,8 @@ GLYPH_CLASSES = ("", *"0123456789", *LETTERS)
 def dense_labels(scene: Scene, x0: float, y0: float, scale: float, whole: bool) -> dict[str, np.ndarray]:
     """What each patch of one view shows: {head: int64 [L]}, -100 where nothing is asked, and "glyph" on the finer grid.
 
-    The view's pixel (x, y) shows the picture's ((x - x0) / scale, (y - y0) / scale)... in other words the picture's
-    upper left corner lies at (x0, y0) of the view, drawn at `scale`. `whole`: the view shows the whole picture.
+    The picture's upper left corner lies at (x0, y0) of the view, in the view's pixels, and is drawn at `scale`.
+    `whole`: the view shows the whole picture.
     """
     side = CROP // PATCH
     centre = (np.arange(side) + 0.5) * PATCH
