@@ -318,12 +318,16 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--seeds must be at least 2 and --steps at least 60")
     if Path(args.out).suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"argument --out: a figure file ends in .png, .pdf or .svg, not {args.out!r}")
+    for path in filter(None, (args.out, args.json)):    # before the work, so that none is lost
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).open("a").close()
+        except OSError as reason:
+            parser.error(f"cannot write {path}: {reason}")
     results = [train(recipe, optimiser, args.seeds, args.steps) for optimiser in RATES for recipe in RECIPES]
     print(table(results))
     print(f"\nVariance explained on held-out images, by view and kind of question (standard error, 1e-2); "
           f"{args.seeds} seeds, {args.steps} updates each.")
-    for path in filter(None, (args.out, args.json)):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
     draw(results, Path(args.out))
     print(f"figure: {args.out}")
     if args.json:
