@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from transformers import HfArgumentParser
 
-from sliming.evaluate import held_out_accuracy, table
-from sliming.presets import PRESETS
+from sliming.evaluation.run import held_out_accuracy, table
+from sliming.config import PRESETS
 from sliming.qformer import ATTENTION
 from sliming.trainer import STAGES, TrainConfig, is_main, say, train_stage
 

@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=TINY, help="folder for the two (default: inside the package)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    from sliming.pretrain_tiny import pretrain  # above this file in the order of imports, so only when asked for
+    from sliming.tiny.pretrain import pretrain  # above this file in the order of imports, so only when asked for
     pretrain(arguments.out, arguments.seed)
 
 

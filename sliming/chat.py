@@ -18,6 +18,30 @@ IMAGE = "<image>"    # the marker in text
 IMAGE_TOKEN = -200   # its place among token ids (LLaVA's convention; no tokenizer has negative ids)
 IGNORE = -100        # label of a position that is not learned (torch's default ignore_index)
 
+# How a question asks for its answer's form: Table 6, verbatim.
+SINGLE_WORD = "Answer the question using a single word or phrase."
+OPTION_LETTER = "Answer with the option's letter from the given choices directly."
+
+# Table 5, verbatim (the spaces that the extraction of the paper's text loses restored).
+DETAIL_PROMPTS = (
+    "Describe the following image in detail",
+    "Provide a detailed description of the given image",
+    "Give an elaborate explanation of the image you see",
+    "Share a comprehensive rundown of the presented image",
+    "Offer a thorough analysis of the image",
+    "Explain the various aspects of the image before you",
+    "Clarify the contents of the displayed image with great detail",
+    "Characterize the image using a well-detailed description",
+    "Break down the elements of the image in a detailed manner",
+    "Walk through the important details of the image",
+    "Portray the image with a rich, descriptive narrative",
+    "Narrate the contents of the image with precision",
+    "Analyze the image in a comprehensive and detailed manner",
+    "Illustrate the image through a descriptive explanation",
+    "Examine the image closely and share its details",
+    "Write an exhaustive depiction of the given image",
+)
+
 
 @dataclass(frozen=True)
 class Template:

@@ -30,15 +30,12 @@ from torch.utils.data import Dataset
 
 from sliming.chat import IGNORE, IMAGE, IMAGE_TOKEN, Encoded, encode
 from sliming.model import Batch, Sample, SliME
+from sliming.records import RecordError
 from sliming.slicer import Slices, choose_grid, open_image
 
 CHUNK = 1 << 20    # characters read at a time while a file is indexed
 LONGEST = 1 << 26  # characters of one record, at most
 SMALL = 1 << 24    # bytes of a file that is indexed anew each time, in a fraction of a second, and leaves no index behind
-
-
-class RecordError(ValueError):
-    """A record or a file of records that cannot be used; the message is one line."""
 
 
 # ------------------------------------------------------------------------------------------------------- files of records

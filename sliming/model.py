@@ -36,7 +36,7 @@ from transformers import (AutoTokenizer, CLIPVisionConfig, DynamicCache, PreTrai
 
 from sliming.backbones import PackedCache, VisionTower, build_llm, load_llm, load_vision
 from sliming.chat import IGNORE, IMAGE, IMAGE_TOKEN, Encoded, encode, end_token
-from sliming.checkpoints import merge_lora
+from sliming.checkpoints.states import merge_lora
 from sliming.moe_adapter import MoEAdapter
 from sliming.qformer import QueryFormer, why_not_triton
 from sliming.router import route
@@ -481,7 +481,7 @@ class SliME(nn.Module, ModelHubMixin):
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder}: no config.json, so this is no checkpoint")
         raw = read_json(folder / "config.json")
-        from sliming import official  # which builds on this file
+        from sliming.checkpoints import released as official  # which builds on this file
         if official.is_released(raw):
             return official.load(folder, dtype, float32)
         if raw.pop("format", None) != "sliming":

@@ -34,11 +34,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sliming.chat import IGNORE
-from sliming.checkpoints import States, add_lora, barrier, is_main, whole_tensors, without_lora, write_lora
+from sliming.checkpoints.states import States, add_lora, barrier, is_main, whole_tensors, without_lora, write_lora
 from sliming.data import RecordError, Share, Steps, blank_sample, open_mixture
 from sliming.model import Batch, CheckpointError, SliME
-from sliming.presets import PRESETS, SHARDING, Recipe
-from sliming.synthetic import TrainingSet
+from sliming.config import PRESETS, SHARDING, Recipe
+from sliming.tiny.pictures import TrainingSet
 from sliming.watch import cut_metrics, memory, peak_flops, plot_loss, step_flops
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sliming.checkpoints import barrier, is_main
+from sliming.checkpoints.states import barrier, is_main
 from sliming.model import Batch, SliME
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bfloat16, from the data sheets

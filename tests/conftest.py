@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sliming.model import SliME
-from sliming.presets import PRESETS
+from sliming.config import PRESETS
 
 
 @pytest.fixture

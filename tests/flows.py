@@ -37,7 +37,7 @@ def losses(folder):
 @contextmanager
 def stop_after(step, here):
     """Stops the training, `here`, when the state of `step` steps has been saved: an interruption at a known moment."""
-    from sliming.checkpoints import States
+    from sliming.checkpoints.states import States
     save = States.save
 
     def stopping(self, done, skipped):

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from sliming.backbones import TINY, load_vision, packed_attention
-from sliming.pretrain_tiny import CLASSES, dense_labels, lookup_accuracy, tower_batch
-from sliming.synthetic import generator, sample_scene
+from sliming.tiny.pretrain import CLASSES, dense_labels, lookup_accuracy, tower_batch
+from sliming.tiny.pictures import generator, sample_scene
 
 
 def probe_data(tower, key, pictures):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sliming import bench
+from sliming.bench import everything as bench
 from sliming.qformer import QueryFormer
 
 CPU = torch.device("cpu")

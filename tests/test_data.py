@@ -13,7 +13,7 @@ from sliming.data import (RecordError, RecordFile, Steps, blank_sample, check_re
                           token_count)
 from sliming.model import Batch
 from sliming.slicer import open_image
-from sliming.synthetic import TrainingSet
+from sliming.tiny.pictures import TrainingSet
 
 
 def record(**changes):

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from reference import reference_folder
-from sliming import evaluate
-from sliming.benchmarks import BENCHMARKS, LETTER, LETTER_CN, RESPONSE_FORMATS, WORD, locate, read_questions
+from sliming.evaluation import run as evaluate
+from sliming.evaluation.benchmarks import BENCHMARKS, LETTER, LETTER_CN, RESPONSE_FORMATS, WORD, locate, read_questions
 from sliming.data import RecordError
-from sliming.evaluate import PAPER, TABLE_COLUMNS, answer_batch, answers_file, read_answers
+from sliming.evaluation.run import PAPER, TABLE_COLUMNS, answer_batch, answers_file, read_answers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

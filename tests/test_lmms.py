@@ -18,7 +18,7 @@ from sliming.model import SliME
 if importlib.util.find_spec("lmms_eval") is None:
     pytest.skip("lmms-eval is not installed here: pip install sliming[eval]", allow_module_level=True)
 
-from sliming.lmms import SliMEForLmmsEval  # noqa: E402
+from sliming.evaluation.lmms import SliMEForLmmsEval  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TASK = """

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from sliming.checkpoints import ALPHA, RANK, add_lora, main, merge_lora, without_lora, write_lora
+from sliming.checkpoints.states import ALPHA, RANK, add_lora, main, merge_lora, without_lora, write_lora
 from sliming.model import SliME
 from sliming.trainer import TrainConfig, train_stage
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from reference import reference_folder
-from sliming import metrics
-from sliming.metrics import aggregate, bootstrap, judge_ratio, score
+from sliming.evaluation import metrics
+from sliming.evaluation.metrics import aggregate, bootstrap, judge_ratio, score
 
 
 def jsonl(path) -> list[dict]:

@@ -12,7 +12,7 @@ from sliming.backbones import TINY, VisionTower, load_vision
 from sliming.chat import IGNORE, IMAGE_TOKEN, encode
 from sliming.model import Batch, Conversation, Sample, SliME, SliMEConfig, raster_order, sample_token
 from sliming.router import route
-from sliming.synthetic import generator, render, sample_scene
+from sliming.tiny.pictures import generator, render, sample_scene
 
 
 def picture(seed, size=None):

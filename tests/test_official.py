@@ -10,7 +10,7 @@ import torch
 from reference import reference_folder
 from safetensors.torch import load_file, save_file
 
-from sliming import official
+from sliming.checkpoints import released as official
 from sliming.chat import IGNORE, IMAGE_TOKEN, Encoded
 from sliming.model import Batch, CheckpointError, Sample, SliME, download
 from sliming.router import relevance

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, Llama
 
 from sliming.backbones import TINY
 from sliming.model import SliME
-from sliming.presets import PRESETS, SHARDING
-from sliming.synthetic import TrainingSet
+from sliming.config import PRESETS, SHARDING
+from sliming.tiny.pictures import TrainingSet
 
 
 @pytest.fixture(scope="module")

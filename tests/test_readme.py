@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sliming.synthetic import generator, render, sample_scene
+from sliming.tiny.pictures import generator, render, sample_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -17,9 +17,9 @@ import torch
 from flows import ROOT, losses, run_train, stop_after
 
 import train
-from sliming.checkpoints import States
+from sliming.checkpoints.states import States
 from sliming.model import SliME
-from sliming.presets import PRESETS
+from sliming.config import PRESETS
 from sliming.trainer import TrainConfig, train_stage
 from sliming.watch import cut_metrics
 

@@ -8,8 +8,8 @@ import torch
 from flows import losses, run_train
 
 from sliming.model import SliME
-from sliming.presets import PRESETS
-from sliming.synthetic import TrainingSet
+from sliming.config import PRESETS
+from sliming.tiny.pictures import TrainingSet
 
 MODES = ["none", "grads", "params", "offload"]
 

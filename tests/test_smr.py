@@ -13,12 +13,12 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 from reference import reference_folder
 
-from sliming import smr
+from sliming.smr import build as smr
 from sliming.data import RecordFile, check_record
 from sliming.model import SliME
-from sliming.smr import Excluded, Look, build, conclude, jumbled, lengths, look_at, plain, quantile, stands_in, table, unrelated
-from sliming.smr_sources import SOURCES, Candidate, Selection, SourceError, check_folder, stream_json
-from sliming.synthetic import DETAIL_PROMPTS
+from sliming.smr.build import Excluded, Look, build, conclude, jumbled, lengths, look_at, plain, quantile, stands_in, table, unrelated
+from sliming.smr.sources import SOURCES, Candidate, Selection, SourceError, check_folder, stream_json
+from sliming.tiny.pictures import DETAIL_PROMPTS
 from sliming.trainer import PRESETS
 
 

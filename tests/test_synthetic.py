@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sliming.slicer import slice_image
-from sliming.synthetic import (COUNTS, CROP, DETAIL_PROMPTS, GLYPHS, TrainingSet, detail_questions, generator,
+from sliming.tiny.pictures import (COUNTS, CROP, DETAIL_PROMPTS, GLYPHS, TrainingSet, detail_questions, generator,
                                global_questions, held_out, render, sample_scene)
 
 

@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(short_run, tmp_path):
 def test_a_batch_that_cannot_be_shared_and_released_stage_files(short_run, tmp_path, monkeypatch, capsys):
     from safetensors.torch import load_file
 
-    from sliming import official
+    from sliming.checkpoints import released as official
     out, _ = short_run
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)

@@ -20,10 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from sliming.chat import IMAGE
-from sliming.evaluate import answer_batch, exact
+from sliming.evaluation.run import answer_batch, exact
 from sliming.model import Batch, Sample, SliME
 
-MANIFEST = ModelManifest(model_id="sliming", simple_class_path="sliming.lmms.SliMEForLmmsEval")
+MANIFEST = ModelManifest(model_id="sliming", simple_class_path="sliming.evaluation.lmms.SliMEForLmmsEval")
 MAX_NEW_TOKENS = 1024  # of a task that names no limit, as for lmms-eval's other models
 
 

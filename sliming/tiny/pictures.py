@@ -29,6 +29,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from sliming.chat import DETAIL_PROMPTS
+
 CROP = 64  # S: side of one crop in pixels; the tiny vision tower's input size
 KINDS = ("chart", "table", "shapes")
 COLOURS = {
@@ -39,26 +41,6 @@ SHAPES = ("circle", "square", "triangle", "diamond")
 LETTERS = "ABCDEFGH"
 COUNTS = ("zero", "one", "two", "three", "four", "five")
 LARGE_GRIDS = ((3, 3), (3, 2), (2, 3), (4, 2), (2, 4))  # crops: (columns, rows)
-
-# Table 5, verbatim (the spaces that the extraction of the paper's text loses restored).
-DETAIL_PROMPTS = (
-    "Describe the following image in detail",
-    "Provide a detailed description of the given image",
-    "Give an elaborate explanation of the image you see",
-    "Share a comprehensive rundown of the presented image",
-    "Offer a thorough analysis of the image",
-    "Explain the various aspects of the image before you",
-    "Clarify the contents of the displayed image with great detail",
-    "Characterize the image using a well-detailed description",
-    "Break down the elements of the image in a detailed manner",
-    "Walk through the important details of the image",
-    "Portray the image with a rich, descriptive narrative",
-    "Narrate the contents of the image with precision",
-    "Analyze the image in a comprehensive and detailed manner",
-    "Illustrate the image through a descriptive explanation",
-    "Examine the image closely and share its details",
-    "Write an exhaustive depiction of the given image",
-)
 
 # 5 x 7 pixel glyphs, seven rows of five bits each.
 GLYPHS = {

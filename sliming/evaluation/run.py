@@ -35,12 +35,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from sliming.benchmarks import BENCHMARKS, Question, locate, read_questions, write_submission
+from sliming.evaluation.benchmarks import BENCHMARKS, Question, locate, read_questions, write_submission
 from sliming.chat import IGNORE, IMAGE
 from sliming.data import RecordError, RecordFile, load_sample
-from sliming.metrics import JUDGED, aggregate, bootstrap, mathvista_offline
+from sliming.evaluation.metrics import JUDGED, aggregate, bootstrap, mathvista_offline
 from sliming.model import Batch, Sample, SliME
-from sliming.synthetic import held_out
+from sliming.tiny.pictures import held_out
 
 # name: (family of questions, parts shown, gamma or None for the model's own, any tokens instead of the router's)
 SETTINGS = {

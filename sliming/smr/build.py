@@ -40,7 +40,7 @@ from PIL import Image
 from sliming.chat import IMAGE
 from sliming.data import check_record
 from sliming.slicer import open_image
-from sliming.smr_sources import (OPTION_LETTER, SINGLE_WORD, SOURCES, Candidate, Drop, Selection, SourceError, check_folder,
+from sliming.smr.sources import (OPTION_LETTER, SINGLE_WORD, SOURCES, Candidate, Drop, Selection, SourceError, check_folder,
                                  stream_json, stream_lines)
 
 REASONS = {

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig
 
 from sliming.backbones import VisionTower, build_llm, load_vision
-from sliming.checkpoints import with_adapters
+from sliming.checkpoints.states import with_adapters
 from sliming.model import CheckpointError, SliME, SliMEConfig, download, read_json
 from sliming.qformer import sincos_2d
 

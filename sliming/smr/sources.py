@@ -24,11 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sliming.synthetic import DETAIL_PROMPTS
+from sliming.chat import DETAIL_PROMPTS, OPTION_LETTER, SINGLE_WORD
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-SINGLE_WORD = "\nAnswer the question using a single word or phrase."                   # Table 6
-OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."  # Table 6
 
 
 class SourceError(ValueError):
@@ -231,7 +229,7 @@ def scienceqa(folder: Path, selection: Selection) -> Iterator[Candidate | Drop]:
             hint, lecture = (record.get(key) or "" for key in ("hint", "lecture"))
             prompt = (f"Context: {hint}\n" if hint.strip() else "") + (f"{lecture}\n" if lecture.strip() else "")
             image = inside(images, f"{record['split']}/{pid}/{record['image']}") if record.get("image") else None
-            return Candidate(f"scienceqa-{pid}", image, question, prompt + question + lettered(options) + OPTION_LETTER,
+            return Candidate(f"scienceqa-{pid}", image, question, prompt + question + lettered(options) + "\n" + OPTION_LETTER,
                              LETTERS[index])
 
         if isinstance(record, dict) and record.get("split") not in splits_of(selection, ("train",)):
@@ -260,7 +258,7 @@ def math_vision(folder: Path, selection: Selection) -> Iterator[Candidate | Drop
         solution = re.sub(r"!\[[^\]]*\]\([^)]*\)|\[asy\].*?\[/asy\]", "", record.get("solution") or "", flags=re.DOTALL)
         image = inside(folder, text_of(record, "image"))
         if not solution.strip():
-            return Candidate(f"math-vision-{record['id']}", image, question, prompt + SINGLE_WORD, gold)
+            return Candidate(f"math-vision-{record['id']}", image, question, prompt + "\n" + SINGLE_WORD, gold)
         return Candidate(f"math-vision-{record['id']}", image, question, prompt, solution.strip(),
                          gold=options[index] if options else gold, letter=gold if options else "",
                          others=others(options, index) if options else (), closing=f"So the answer is {gold}.",
@@ -286,7 +284,7 @@ def textbookqa(folder: Path, selection: Selection) -> Iterator[Candidate | Drop]
             index = at(options, [key for key, _ in choices].index(gold) if gold in dict(choices) else gold)
             asked = text_of(record["beingAsked"], "processedText")
             return Candidate(name, inside(base, text_of(record, "imagePath")), asked,
-                             asked + lettered(options) + OPTION_LETTER, LETTERS[index], mismatch=other_name(record))
+                             asked + lettered(options) + "\n" + OPTION_LETTER, LETTERS[index], mismatch=other_name(record))
         return make
 
     def diagram(base: Path, name: str) -> Callable[[dict], Candidate]:
@@ -368,7 +366,7 @@ def geometry3k(folder: Path, selection: Selection) -> Iterator[Candidate | Drop]
         index = at(options, LETTERS.find(text_of(record, "answer") or "-"))
         stated = (record.get("img_width"), record.get("img_height"))
         return Candidate(f"geometry3k-{path.parent.name}", path.parent / "img_diagram.png", question,
-                         question + lettered(options) + OPTION_LETTER, LETTERS[index], size=stated if all(stated) else None)
+                         question + lettered(options) + "\n" + OPTION_LETTER, LETTERS[index], size=stated if all(stated) else None)
 
     for split in splits_of(selection, ("train", "val")):
         for path in sorted(folder.glob(f"{split}/*/data.json"), key=lambda path: (len(path.parent.name), path.parent.name)):
@@ -412,7 +410,7 @@ def dvqa(folder: Path, selection: Selection) -> Iterator[Candidate | Drop]:
             raise ValueError(f"an answer's box has four numbers, not {len(box)}")
         base = folder / "images" if images else folder
         name = record["question_id"] if "question_id" in record else f"at-{place}"
-        return Candidate(f"dvqa-{split}-{name}", inside(base, image), question, question + SINGLE_WORD,
+        return Candidate(f"dvqa-{split}-{name}", inside(base, image), question, question + "\n" + SINGLE_WORD,
                          text_of(record, "answer"), box=box,
                          mismatch="" if image.startswith(f"bar_{split}_") else f"image {image} is not of split {split}")
 
@@ -460,7 +458,7 @@ def ai2d(folder: Path, selection: Selection) -> Iterator[Candidate | Drop]:
                 index = at(options, entry["correctAnswer"])
                 pictures = "abc_images" if entry.get("abcLabel") else "images"
                 return Candidate(f"ai2d-{entry.get('questionId', f'{name}-{number}')}", inside(folder, f"{pictures}/{name}"),
-                                 question.strip(), question.strip() + lettered(options) + OPTION_LETTER, LETTERS[index],
+                                 question.strip(), question.strip() + lettered(options) + "\n" + OPTION_LETTER, LETTERS[index],
                                  mismatch="" if stated == name else f"the file is of {name}, its imageName is {stated}")
             yield from guarded(f"ai2d-{name}-{number}", entry, make)
 
@@ -478,7 +476,7 @@ def chartqa(folder: Path, selection: Selection) -> Iterator[Candidate | Drop]:
                 def make(record: dict) -> Candidate:
                     question = text_of(record, "query")
                     image = inside(base / split / "png", text_of(record, "imgname"))
-                    return Candidate(f"chartqa-{split}-{kind}-{number}", image, question, question + SINGLE_WORD,
+                    return Candidate(f"chartqa-{split}-{kind}-{number}", image, question, question + "\n" + SINGLE_WORD,
                                      text_of(record, "label"))
                 yield from guarded(f"chartqa-{split}-{kind}-{number}", record, make)
 

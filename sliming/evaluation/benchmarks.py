@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from xml.sax.saxutils import escape
 
-from sliming.data import RecordError
-from sliming.metrics import LETTERS, MME_COGNITION, MME_PERCEPTION, textvqa_words
+from sliming.chat import OPTION_LETTER as LETTER
+from sliming.chat import SINGLE_WORD as WORD
+from sliming.records import RecordError
+from sliming.evaluation.metrics import LETTERS, MME_COGNITION, MME_PERCEPTION, textvqa_words
 
-WORD = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
 LETTER_CN = "请直接回答选项字母。"
 RESPONSE_FORMATS = {  # Table 6, row by row; "-" is None. ChartQA and TabMWP are not in it.
     "textvqa": WORD, "gqa": WORD, "vqav2": WORD, "mmbench": LETTER, "mmbench_cn": LETTER_CN, "mmmu": LETTER,

@@ -1,0 +1,3 @@
+from sliming.bench.everything import main
+
+main()

@@ -1,0 +1,3 @@
+from sliming.evaluation.run import main
+
+main()

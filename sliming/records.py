@@ -1,0 +1,184 @@
+"""Files of records as strangers write them: JSON lists and objects, JSONL, paths inside a folder.
+
+Whatever cannot be used raises RecordError: one line that names the file, the place and the fault.
+Nothing here keeps a whole file in memory.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+CHUNK = 1 << 20    # characters read at a time
+LONGEST = 1 << 26  # characters of one element, at most
+
+BLANKS = re.compile(r"[ \t\r\n]*")
+DECODER = json.JSONDecoder()
+
+
+class RecordError(ValueError):
+    """A record or a file of records that cannot be used; the message is one line."""
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path `name` in `folder`; RecordError where it leads out of it, by `..`, root or link."""
+    try:
+        path = (folder / name).resolve()
+        if path.is_relative_to(folder.resolve()):
+            return path
+    except (ValueError, OSError, RuntimeError) as error:  # a null byte; links that go round in circles
+        raise RecordError(f"{name!r} is no usable path ({error})") from error
+    raise RecordError(f"{name} lies outside the folder {folder}")
+
+
+# ---------------------------------------------------------------------------- one JSON list or object
+
+
+class Element(NamedTuple):
+    """One element of a JSON list or object, and where its value stands in the file."""
+
+    key: str | int  # in an object its name, in a list its place
+    value: object
+    start: int      # first byte of the value
+    end: int        # the byte behind it
+
+
+def elements(path: Path) -> Iterator[Element]:
+    """The elements of the one list or object in a JSON file, in turn, a piece of the file at a time.
+
+    RecordError, with the line, for a broken file, and for one that holds something else or more.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = _Reader(path, file)
+            opening = reader.take("[{")
+            closing = {"[": "]", "{": "}"}[opening]
+            for place in count():
+                if place == 0 and reader.peek() == closing:
+                    break
+                key = place
+                if opening == "{":
+                    key = reader.value()
+                    reader.take(":")
+                reader.peek()
+                start = reader.byte
+                yield Element(key, reader.value(), start, reader.byte)
+                if reader.peek() == closing:
+                    break
+                reader.take(",")
+            reader.take(closing)
+            if reader.peek():
+                raise reader.error(f"something follows the closing {closing}: one list per file")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+
+
+class _Reader:
+    """A text file read piece by piece, which knows its byte and line."""
+
+    def __init__(self, path: Path, file: TextIO):
+        self.path, self.file, self.text, self.at, self.byte, self.line = path, file, "", 0, 0, 1
+        if self.peek() == "\ufeff":  # a byte-order mark
+            self.advance(self.at + 1)
+
+    def error(self, reason: str) -> RecordError:
+        return RecordError(f"{self.path}, line {self.line}: broken JSON ({reason})")
+
+    def more(self) -> bool:
+        """Drops what has been read and reads on; False at the end of the file."""
+        piece = self.file.read(max(CHUNK, len(self.text) - self.at))
+        self.text, self.at = self.text[self.at:] + piece, 0
+        return bool(piece)
+
+    def advance(self, end: int) -> None:
+        self.byte += len(self.text[self.at:end].encode())
+        self.line += self.text.count("\n", self.at, end)
+        self.at = end
+
+    def peek(self) -> str:
+        """The next character that is not blank; "" at the end of the file."""
+        while True:
+            self.advance(BLANKS.match(self.text, self.at).end())
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at:self.at + 1]
+
+    def take(self, expected: str) -> str:
+        """Steps over the next character, which must be one of `expected`."""
+        found = self.peek()
+        if not found or found not in expected:
+            raise self.error(f"expected {' or '.join(expected)}, found {found or 'the end of the file'}")
+        self.advance(self.at + 1)
+        return found
+
+    def value(self) -> object:
+        """Decodes the value that comes next."""
+        self.peek()
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self.text, self.at)
+            except (json.JSONDecodeError, RecursionError) as error:
+                # It may only go on behind what was read.
+                if len(self.text) - self.at < LONGEST and not isinstance(error, RecursionError) and self.more():
+                    continue
+                self.line += self.text.count("\n", self.at, getattr(error, "pos", self.at))
+                raise self.error(getattr(error, "msg", "nested too deeply")) from error
+            if end < len(self.text) or not self.more():  # a number at the edge may go on, too
+                self.advance(end)
+                return value
+
+
+# ---------------------------------------------------------------------------------------------- JSONL
+
+
+def parse(line: bytes | str, path: Path, number: int) -> object:
+    """The JSON value of line `number`; RecordError where there is none."""
+    try:
+        return json.loads(line.decode("utf-8-sig") if isinstance(line, bytes) else line)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", None) or str(error).partition("\n")[0]
+        raise RecordError(f"{path}, line {number}: broken JSON ({reason})") from error
+
+
+def lines(path: Path) -> Iterator[tuple[int, object]]:
+    """Number and value of every line of a JSONL file that is not blank. RecordError."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, parse(line, path, number)
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def resume(path: Path) -> list[dict]:
+    """The rows of a JSONL file that a program of this package appends to, [] where there is none.
+
+    After it the file ends with a whole line: a last one that was torn when its writer was killed
+    is cut off. RecordError for anything else that is broken.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole, last = content[:content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1:]
+    if last.strip():
+        try:
+            parse(last, path, 0)
+            whole = content + b"\n"
+        except RecordError:
+            pass  # torn
+    if whole != content:
+        os.truncate(path, min(len(whole), len(content)))
+        if len(whole) > len(content):
+            with open(path, "ab") as file:
+                file.write(b"\n")
+    rows = []
+    for number, line in enumerate(whole.split(b"\n"), 1):
+        if line.strip():
+            row = parse(line, path, number)
+            if not isinstance(row, dict):
+                raise RecordError(f"{path}, line {number}: not a row of this program; remove the line")
+            rows.append(row)
+    return rows

@@ -1,0 +1,3 @@
+from sliming.smr.build import main
+
+main()
