@@ -3,8 +3,17 @@
 `python -m sliming` lists what there is to run; the README has the reading path.
 """
 
-from sliming.model import Batch, SliME, SliMEConfig
-from sliming.slicer import Slices, choose_grid, open_image, slice_image
+import importlib
 
-__all__ = ["Batch", "SliME", "SliMEConfig", "Slices", "choose_grid", "open_image", "slice_image"]
 __version__ = "0.1.0"
+
+_HOMES = {"SliME": "model", "SliMEConfig": "config", "Batch": "inputs", "Sample": "inputs", "Slices": "slicer",
+          "choose_grid": "slicer", "open_image": "images", "slice_image": "slicer"}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    """Loads a public name when it is first asked for: `--help` need not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sliming' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"sliming.{_HOMES[name]}"), name)

@@ -1,70 +1,47 @@
-"""The two pretrained parts that SliME connects: a vision tower and a causal language model, both through transformers.
+"""The two pretrained parts that SliME connects: a vision tower and a causal language model.
 
-Any `CLIPVisionModel` (the paper: CLIP ViT-L/14 at 336 pixels) and any `AutoModelForCausalLM` with a tokenizer (the paper:
-Vicuna, Llama-3) load from a folder or a hub id. For laptops and tests two small stand-ins ship inside the package,
-`sliming/tiny/vision` and `sliming/tiny/llm`; `python -m sliming.backbones --pretrain-tiny` makes them again from a seed
-(see pretrain_tiny.py for what they learn and how).
+Any `CLIPVisionModel` (the paper: CLIP ViT-L/14 at 336 pixels) and any `AutoModelForCausalLM` with a
+tokenizer (the paper: Vicuna, Llama 3) load through transformers, from a folder or a hub id. For
+laptops and tests two small stand-ins ship inside the package, tiny/vision and tiny/llm;
+tiny/README.md tells what they learned and how.
 
-Legend: V views (global views and crops of a batch), S crop size in pixels, L patches per view, Dv vision width,
-D width of the language model, T packed tokens, H attention heads, Dh head size.
+Legend: V views (global views and crops of a batch), S crop size in pixels, L patches per view, Dv
+vision width, T packed tokens, H attention heads, Hkv of keys and values, Dh head size.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig,
-                          CLIPVisionModel, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase)
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import no_init_weights
 
 TINY = Path(__file__).parent / "tiny"  # the stand-ins: TINY / "vision" and TINY / "llm"
 
-# CLIP's pixel statistics (openai/clip-vit-large-patch14-336, preprocessor_config.json), for RGB in 0 .. 1.
+# CLIP's pixel statistics (openai/clip-vit-large-patch14-336, preprocessor_config.json), RGB in 0 ..
+# 1.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class ConvStem(nn.Module):
-    """Replaces the tiny tower's patch embedding: strided convolutions to one vector per 8 x 8 patch.
-
-    A linear patch embedding of this size learns colours but no digits; a few 3 x 3 convolutions read them. In a CLIP
-    config it is asked for by `conv_stem: true`.
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        half = width // 2
-        self.to_fine = nn.Sequential(nn.Conv2d(3, half // 2, 3, 2, 1), nn.GELU(), nn.Conv2d(half // 2, half, 3, 2, 1))
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.GroupNorm(4, half), nn.GELU(), nn.Conv2d(half, half, 3, 1, 1),
-                          nn.GELU(), nn.Conv2d(half, half, 3, 1, 1)) for _ in range(2))
-        self.to_patch = nn.Sequential(nn.GroupNorm(4, half), nn.GELU(), nn.Conv2d(half, width, 3, 2, 1))
-
-    @property
-    def weight(self) -> Tensor:
-        """CLIP asks its patch embedding for the dtype of its weight."""
-        return self.to_patch[-1].weight
-
-    def fine(self, pixels: Tensor) -> Tensor:
-        """[V, 3, S, S] -> [V, Dv / 2, S / 4, S / 4]: features on a grid twice as fine as the patches."""
-        x = self.to_fine(pixels)
-        for block in self.blocks:
-            x = x + block(x)
-        return x
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """[V, 3, S, S] -> [V, Dv, S / 8, S / 8]."""
-        return self.to_patch(self.fine(pixels))
-
-
 class VisionTower(nn.Module):
-    """A CLIP vision transformer, frozen, run only as far as the layer that is used (Sec. 2.1, "vision encoder").
+    """A CLIP vision transformer, frozen, run only as far as the layer that is used (Sec. 2.1).
 
-    `layer` counts hidden states as transformers does: -2 is the output of the last layer but one (the paper's LLaVA
-    recipe), -1 that of the last. Later layers and the final LayerNorm are not even built; the class token is dropped.
+    `layer` counts hidden states as transformers does: -2 is the output of the last layer but one
+    (the paper's LLaVA recipe), -1 that of the last. Later layers and the final LayerNorm are not
+    even built; the class token is dropped. ValueError for a layer that is not there.
     """
 
     def __init__(self, config: CLIPVisionConfig, layer: int):
@@ -77,24 +54,61 @@ class VisionTower(nn.Module):
         if getattr(config, "conv_stem", False):
             self.clip.embeddings.patch_embedding = ConvStem(config.hidden_size)
         self.clip.post_layernorm = nn.Identity()
-        self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+        for name, values in (("mean", PIXEL_MEAN), ("std", PIXEL_STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, views: Tensor) -> Tensor:
-        """uint8 [V, 3, S, S] -> [V, L, Dv] in the tower's dtype, row-major over the view's patch grid."""
+        """uint8 [V, 3, S, S] -> [V, L, Dv] in the tower's dtype, row-major over the patches."""
         pixels = (views.float() / 255 - self.mean) / self.std
         return self.features(pixels.to(self.clip.dtype))
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [V, 3, S, S] -> [V, L, Dv]; with gradients, for pretraining the stand-in."""
+        """Normalised pixels [V, 3, S, S] -> [V, L, Dv]; with gradients, to train a stand-in."""
         return self.clip(pixel_values=pixels).last_hidden_state[:, 1:]
 
 
+class ConvStem(nn.Module):
+    """The tiny tower's patch embedding: strided convolutions to one vector per 8 x 8 patch.
+
+    A linear embedding of this size learns colours but no digits; a few 3 x 3 convolutions read
+    them. A CLIP config asks for it by `conv_stem: true`.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        half = width // 2
+        self.to_fine = nn.Sequential(nn.Conv2d(3, half // 2, 3, 2, 1), nn.GELU(),
+                                     nn.Conv2d(half // 2, half, 3, 2, 1))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(4, half), nn.GELU(), nn.Conv2d(half, half, 3, 1, 1),
+                          nn.GELU(), nn.Conv2d(half, half, 3, 1, 1)) for _ in range(2))
+        self.to_patch = nn.Sequential(nn.GroupNorm(4, half), nn.GELU(),
+                                      nn.Conv2d(half, width, 3, 2, 1))
+
+    @property
+    def weight(self) -> Tensor:
+        """CLIP asks its patch embedding for the dtype of its weight."""
+        return self.to_patch[-1].weight
+
+    def fine(self, pixels: Tensor) -> Tensor:
+        """[V, 3, S, S] -> [V, Dv / 2, S / 4, S / 4]: a grid twice as fine as the patches."""
+        x = self.to_fine(pixels)
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[V, 3, S, S] -> [V, Dv, S / 8, S / 8]."""
+        return self.to_patch(self.fine(pixels))
+
+
 def load_vision(name: str, layer: int) -> VisionTower:
-    """A pretrained tower: "tiny", a folder, or a hub id of a CLIP model (its vision half). Raises ValueError if weights
-    that the used layers need are missing."""
+    """A pretrained tower: "tiny", a folder, or a hub id of a CLIP model (its vision half).
+
+    ValueError if weights that the used layers need are missing.
+    """
     folder = TINY / "vision" if name == "tiny" else name
     config = CLIPVisionConfig.from_pretrained(folder)
     tower = VisionTower(config, layer)
@@ -105,26 +119,57 @@ def load_vision(name: str, layer: int) -> VisionTower:
     wanted = tower.clip.state_dict()
     if missing := sorted(set(wanted) - set(weights)):
         raise ValueError(f"vision tower {name}: no weights for {', '.join(missing)}")
-    tower.clip.load_state_dict({key: weights[key] for key in wanted})  # layers behind the used one stay unread
+    tower.clip.load_state_dict({key: weights[key] for key in wanted})  # none behind the used layer
     return tower
 
 
-# ------------------------------------------------------------------------------------------------- the language model
+# ----------------------------------------------------------------------------------- language model
 
 
-def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                     scaling: float, dropout: float = 0.0, segments: list[int] | None = None,
-                     key_segments: list[int] | None = None, sliding_window: int | None = None, **_) -> tuple[Tensor, None]:
-    """Causal attention of packed samples: query [1, H, T, Dh], key and value [1, Hkv, T, Dh] -> [1, T, H, Dh].
+def load_llm(name: str, dtype: torch.dtype = torch.float32,
+             ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A pretrained causal language model and its tokenizer: "tiny", a folder, or a hub id. No
+    remote code is run."""
+    folder = TINY / "llm" if name == "tiny" else name
+    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype,
+                                               attn_implementation="sliming_packed")
+    return llm, AutoTokenizer.from_pretrained(folder)
 
-    `segments` are the samples' lengths, sum T. Each attends within itself through one SDPA call: sum T_i^2 work and no
-    [T, T] mask, where the usual way of packing (position ids that restart, a block mask) pays (sum T_i)^2. Without
-    `segments` the row is one sample. Where a cache is continued there are more keys than queries: those of sample i are
-    `key_segments[i]` then (PackedCache), by default as many as its queries.
-    The signature is that of transformers' AttentionInterface, hence the unused arguments.
+
+def build_llm(config: dict, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A language model of the given transformers configuration (as `to_dict` gives it), weights
+    not set."""
+    with no_init_weights():
+        llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype,
+                                               attn_implementation="sliming_packed")
+    llm.tie_weights()  # where the configuration ties input and output embedding
+    return llm
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Parameters to `dtype`, and never buffers: in bfloat16 a rotary frequency is wrong by radians
+    at distances of thousands."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+                     attention_mask: Tensor | None, scaling: float, dropout: float = 0.0,
+                     segments: list[int] | None = None, key_segments: list[int] | None = None,
+                     sliding_window: int | None = None, **_) -> tuple[Tensor, None]:
+    """Causal attention of packed samples: query [1, H, T, Dh], key and value [1, Hkv, T, Dh] ->
+    [1, T, H, Dh].
+
+    `segments` are the samples' lengths, sum T. Each attends within itself through one SDPA call:
+    sum T_i^2 work and no [T, T] mask, where the usual way of packing (positions that restart, a
+    block mask) pays (sum T_i)^2. Without `segments` the row is one sample. Where a cache is
+    continued there are more keys than queries: `key_segments[i]` of sample i. The signature is that
+    of transformers' AttentionInterface, hence the unused arguments.
     """
     if sliding_window is not None or attention_mask is not None:
-        raise ValueError("packed attention is causal over whole samples: it knows no sliding window and no other mask")
+        raise ValueError("packed attention is causal over whole samples: it knows no sliding "
+                         "window and no other mask")
     grouped = query.shape[1] != key.shape[1]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -132,14 +177,15 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
         mask = None
         if ahead and q.shape[2] > 1:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(ahead)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling,
-                                              is_causal=ahead == 0 and q.shape[2] > 1, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped,
+            is_causal=ahead == 0 and q.shape[2] > 1)
 
     if segments is None:
         return attend(query, key, value).transpose(1, 2), None
     keys = segments if key_segments is None else key_segments
-    parts = zip(query.split(segments, 2), key.split(keys, 2), value.split(keys, 2))
-    return torch.cat([attend(q, k, v).transpose(1, 2) for q, k, v in parts], dim=1), None
+    parts = zip(query.split(segments, 2), key.split(keys, 2), value.split(keys, 2), strict=True)
+    return torch.cat([attend(*part).transpose(1, 2) for part in parts], dim=1), None
 
 
 AttentionInterface.register("sliming_packed", packed_attention)
@@ -148,61 +194,33 @@ AttentionInterface.register("sliming_packed", packed_attention)
 class PackedCache(DynamicCache):
     """Keys and values of several samples of different lengths, nothing padded.
 
-    Set `segments`, the samples' numbers of new tokens, before each call of the decoder, and give it `key_segments()`.
+    Call `extend` before each call of the decoder.
     """
 
     def __init__(self):
         super().__init__()
-        self.segments: list[int] = []
-        self.kept: dict[int, list[list[Tensor]]] = {}  # layer -> (keys, values) -> per sample [1, Hkv, T_i, Dh]
-        self.lengths: list[int] = []                   # T_i
+        self.new: list[int] = []      # tokens of each sample in the call at hand
+        self.lengths: list[int] = []  # and of all of it that is kept, the new ones included: T_i
+        self.kept: dict[int, list[list[Tensor]]] = {}  # layer: (keys, values) of [1, Hkv, T_i, Dh]
 
-    def key_segments(self) -> list[int]:
-        """Keys per sample, those of the new tokens included."""
-        past = self.lengths or [0] * len(self.segments)
-        return [old + new for old, new in zip(past, self.segments, strict=True)]
+    def extend(self, new: list[int]) -> tuple[list[int], list[int]]:
+        """Announces each sample's number of new tokens; returns its tokens before and after."""
+        before = self.lengths or [0] * len(new)
+        self.new, self.lengths = new, [old + more for old, more in zip(before, new, strict=True)]
+        return before, self.lengths
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_) -> tuple[Tensor, Tensor]:
-        new = [states.split(self.segments, 2) for states in (key_states, value_states)]
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int,
+               *_) -> tuple[Tensor, Tensor]:
+        new = [states.split(self.new, 2) for states in (key_states, value_states)]
         old = self.kept.get(layer_idx)
         if old is not None:
-            new = [[torch.cat(pair, 2) for pair in zip(*both, strict=True)] for both in zip(old, new)]
+            new = [[torch.cat(pair, 2) for pair in zip(*both, strict=True)]
+                   for both in zip(old, new, strict=True)]
         self.kept[layer_idx] = new
         return torch.cat(new[0], 2), torch.cat(new[1], 2)
 
     def keep(self, samples: list[int]) -> None:
         """Forgets all samples but these."""
         self.lengths = [self.lengths[i] for i in samples]
-        self.kept = {layer: [[states[i] for i in samples] for states in both] for layer, both in self.kept.items()}
-
-
-def load_llm(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A pretrained causal language model with its tokenizer: "tiny", a folder, or a hub id. No remote code is run."""
-    folder = TINY / "llm" if name == "tiny" else name
-    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sliming_packed")
-    return llm, AutoTokenizer.from_pretrained(folder)
-
-
-def build_llm(config: dict, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A language model of the given transformers configuration (as `config.to_dict()` gives it), weights not set."""
-    config = AutoConfig.for_model(**config)
-    with no_init_weights():
-        llm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sliming_packed")
-    llm.tie_weights()  # where the configuration ties input and output embedding
-    return llm
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sliming.backbones", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrain-tiny", action="store_true", required=True,
-                        help="train the tiny vision tower and language model again and replace the shipped ones")
-    parser.add_argument("--out", type=Path, default=TINY, help="folder for the two (default: inside the package)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    from sliming.tiny.pretrain import pretrain  # above this file in the order of imports, so only when asked for
-    pretrain(arguments.out, arguments.seed)
-
-
-if __name__ == "__main__":
-    main()
+        self.kept = {layer: [[states[i] for i in samples] for states in both]
+                     for layer, both in self.kept.items()}

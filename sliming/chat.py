@@ -1,16 +1,20 @@
 """Conversations as token ids: what is said, what is learned, and what the router may read.
 
-A conversation is a list of turns in LLaVA's format, {"from": "human" or "gpt", "value": text}; the marker `<image>` in a
-human turn says where an image goes. Text between two images or special tokens is tokenised as a whole, as the language models
-met it in their own training; which tokens are learned follows from where the template says that an answer begins and ends,
-through the tokenizer's character offsets, and is not searched for afterwards. A special token spelled out in somebody's text
-stays text.
+A conversation is a list of turns in LLaVA's format, {"from": "human" or "gpt", "value": text}; the
+marker `<image>` in a human turn says where an image goes. Text between two images or special tokens
+is tokenised as a whole, as the language models met it in their own training; which tokens are
+learned follows from where the template says that an answer begins and ends, through the tokenizer's
+character offsets, and is not searched for afterwards. A special token spelled out in somebody's
+text stays text.
 
 Legend: N tokens of one conversation, each image one placeholder; Q tokens of the questions.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -54,29 +58,136 @@ class Template:
     user: str = ""
     assistant: str = ""
     answer: str = ""         # between the assistant's mark and its answer; learned with it
-    end: str | None = None   # the token after an answer, where it is not the tokenizer's end-of-sequence token
+    end: str | None = None   # the token after an answer; None: the tokenizer's end of sequence
     asks: bool = True
 
 
 TEMPLATES = {
-    "plain": Template(asks=False),                                            # image, caption: stage I
-    "chat": Template(user="USER: ", assistant=" ASSISTANT:", answer=" "),      # "USER: ... ASSISTANT: ...</s>"
+    # Image, caption: stage I.
+    "plain": Template(asks=False),
+    # "USER: ... ASSISTANT: ...</s>"
+    "chat": Template(user="USER: ", assistant=" ASSISTANT:", answer=" "),
     # Those that the released models were trained with (yfzhang114/SliME, llava/conversation.py).
-    "vicuna_v1": Template(system="A chat between a curious user and an artificial intelligence assistant. The assistant "
-                                 "gives helpful, detailed, and polite answers to the user's questions. ",
-                          user="USER: ", assistant=" ASSISTANT:", answer=" "),
-    "llama3": Template(user="<|start_header_id|>user<|end_header_id|>\n\n",
-                       assistant="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", end="<|eot_id|>"),
+    "vicuna_v1": Template(
+        system="A chat between a curious user and an artificial intelligence assistant. The "
+               "assistant gives helpful, detailed, and polite answers to the user's questions. ",
+        user="USER: ", assistant=" ASSISTANT:", answer=" "),
+    "llama3": Template(
+        user="<|start_header_id|>user<|end_header_id|>\n\n",
+        assistant="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", end="<|eot_id|>"),
 }
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation: `ids` [N] with IMAGE_TOKEN per image, `labels` [N], `question` [Q] token ids for the router."""
+    """One conversation: `ids` [N] with IMAGE_TOKEN per image, `labels` [N], `question` [Q] token
+    ids for the router."""
 
     ids: list[int]
     labels: list[int]
     question: list[int]
+
+
+def encode(conversation: list[dict], template: str, tokenizer: PreTrainedTokenizerBase,
+           begin: bool = True) -> Encoded:
+    """Token ids, labels and question of a conversation; one that ends with a human turn becomes a
+    prompt to go on from.
+
+    Answers and the end token after each are learned, nothing else (`labels` is IGNORE there).
+    `question` holds the words of all human turns without image markers: no template, no answer
+    (Sec. 2.2, "Text-Guided Router"). `begin` False: to go on with a conversation, without the
+    beginning-of-sequence token and the system prompt.
+    Raises ValueError where the tokenizer lacks a token of the template.
+    """
+    ids, labels, question = [], [], []
+    previous = None if begin else end_token(template, tokenizer)
+    # Runs of text, which are tokenised as one, between single tokens.
+    for is_text, run in groupby(script(conversation, template, tokenizer, begin),
+                                key=lambda piece: isinstance(piece.what, str)):
+        pieces = list(run)
+        new = tokenise(pieces, previous, tokenizer) if is_text else pieces
+        ids += [token for token, _ in new]
+        labels += [token if learned else IGNORE for token, learned in new]
+        previous = ids[-1] if ids else previous
+    if TEMPLATES[template].asks:
+        for turn in conversation:
+            for text in turn["value"].split(IMAGE) if turn["from"] == "human" else ():
+                question += tokenizer(text.strip(), add_special_tokens=False,
+                                      split_special_tokens=True)["input_ids"]
+    return Encoded(ids, labels, question)
+
+
+class Piece(NamedTuple):
+    """A piece of a conversation in its template: text, or one token."""
+
+    what: str | int
+    learned: bool = False
+
+
+def script(conversation: list[dict], template: str, tokenizer: PreTrainedTokenizerBase,
+           begin: bool) -> Iterator[Piece]:
+    """The conversation in its template, piece by piece."""
+    form = TEMPLATES[template]
+
+    def fixed(text: str) -> Iterator[Piece]:
+        for piece in re.split(r"(<\|\w+\|>)", text):
+            if piece.startswith("<|"):
+                yield Piece(special_id(piece, tokenizer))
+            elif piece:
+                yield Piece(piece)
+
+    if begin and tokenizer.bos_token_id is not None:
+        yield Piece(tokenizer.bos_token_id)
+    if begin:
+        yield from fixed(form.system)
+    for turn in conversation:
+        if turn["from"] == "gpt":
+            yield Piece(form.answer + turn["value"], learned=True)
+            yield Piece(end_token(template, tokenizer), learned=True)
+            continue
+        yield from fixed(form.user)
+        for index, text in enumerate(turn["value"].split(IMAGE)):
+            if index:
+                yield Piece(IMAGE_TOKEN)
+            if form.asks:
+                yield Piece(text)
+        yield from fixed(form.assistant)
+
+
+def tokenise(pieces: list[Piece], previous: int | None,
+             tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, bool]]:
+    """Tokens of the pieces read as one text, each with whether it is learned.
+
+    A tokenizer may read the beginning of a text unlike what follows a special token: Llama's puts a
+    space before the first word, and before the others only if it is of an older kind. So the
+    special token before the text, `previous`, is read with it. What follows an image, or the token
+    that begins everything, is read as a text of its own; so is one that spells out a special token,
+    which must stay text.
+    """
+    text = "".join(piece.what for piece in pieces)
+    if not text:
+        return []
+    learned = [piece.learned for piece in pieces for _ in piece.what]          # per character
+    lead = ""
+    if previous not in (None, IMAGE_TOKEN, tokenizer.bos_token_id):
+        lead = tokenizer.convert_ids_to_tokens(previous)
+    if any(special in text for special in tokenizer.get_added_vocab()):
+        lead = ""
+    read = tokenizer(lead + text, add_special_tokens=False, split_special_tokens=not lead,
+                     return_offsets_mapping=True)
+    tokens = []
+    for token, (start, end) in zip(read["input_ids"], read["offset_mapping"], strict=True):
+        if start >= len(lead) or end > len(lead):  # not the special token itself
+            at = min(max(start - len(lead), 0), len(text) - 1)  # a token belongs where it starts
+            tokens.append((token, learned[at]))
+    return tokens
+
+
+def without_markers(text: str) -> str:
+    """The text without image markers, and without those that only appear as others go."""
+    while IMAGE in text:
+        text = text.replace(IMAGE, "")
+    return text
 
 
 def end_token(template: str, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -86,76 +197,11 @@ def end_token(template: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def special_id(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of a special token of a template; ValueError where the tokenizer has none of that name."""
+    """The id of a special token of a template; ValueError where the tokenizer has none of that
+    name."""
     number = tokenizer.convert_tokens_to_ids(token)
-    if number is None or tokenizer.convert_ids_to_tokens(number) != token:  # None or the unknown token: there is none
-        raise ValueError(f"the template needs the token {token}, which this tokenizer does not have: choose another template "
-                         f"({', '.join(TEMPLATES)})")
+    # A tokenizer without it gives None or its unknown token.
+    if number is None or tokenizer.convert_ids_to_tokens(number) != token:
+        raise ValueError(f"the template needs the token {token}, which this tokenizer does not "
+                         f"have: choose another template ({', '.join(TEMPLATES)})")
     return number
-
-
-def encode(conversation: list[dict], template: str, tokenizer: PreTrainedTokenizerBase, begin: bool = True) -> Encoded:
-    """Token ids, labels and question of a conversation; one that ends with a human turn becomes a prompt to go on from.
-
-    Answers and the end token after each are learned, nothing else (`labels` is IGNORE there). `question` holds
-    the words of all human turns without image markers: no template, no answer (Sec. 2.2, "Text-Guided Router").
-    `begin` False: to go on with a conversation, without the beginning-of-sequence token and the system prompt.
-    Raises ValueError where the tokenizer lacks a token of the template.
-    """
-    form = TEMPLATES[template]
-    ids, labels, question = [], [], []
-    specials = tokenizer.get_added_vocab()
-    waiting: list[tuple[str, bool]] = []  # pieces of text, and whether they are learned
-
-    # A tokenizer may read the beginning of a text unlike what follows a special token: Llama's puts a space before the
-    # first word, and before the others only if it is of an older kind. So the special token before a text is read with
-    # it, unless the text spells out a special token, which must stay text.
-    before = "" if begin else tokenizer.convert_ids_to_tokens(end_token(template, tokenizer))
-
-    def flush() -> None:
-        """Tokenises the waiting pieces as one text; a token belongs to the piece in which it starts."""
-        if text := "".join(piece for piece, _ in waiting):
-            learned = [flag for piece, flag in waiting for _ in piece]
-            lead = "" if any(special in text for special in specials) else before
-            new = tokenizer(lead + text, add_special_tokens=False, split_special_tokens=not lead, return_offsets_mapping=True)
-            for token, (start, end) in zip(new["input_ids"], new["offset_mapping"]):
-                if start >= len(lead) or end > len(lead):
-                    ids.append(token)
-                    labels.append(token if learned[min(max(start - len(lead), 0), len(text) - 1)] else IGNORE)
-        waiting.clear()
-
-    def add(token: int, learned: bool = False) -> None:
-        nonlocal before
-        flush()
-        ids.append(token)
-        labels.append(token if learned else IGNORE)
-        # What follows an image, or the token that begins everything, is tokenised as a text of its own.
-        own = token in (IMAGE_TOKEN, tokenizer.bos_token_id)
-        before = "" if own else tokenizer.convert_ids_to_tokens(token)
-
-    def add_fixed(text: str) -> None:
-        for piece in re.split(r"(<\|\w+\|>)", text):
-            if piece.startswith("<|"):
-                add(special_id(piece, tokenizer))
-            elif piece:
-                waiting.append((piece, False))
-
-    if begin:
-        if tokenizer.bos_token_id is not None:
-            add(tokenizer.bos_token_id)
-        add_fixed(form.system)
-    for turn in conversation:
-        if turn["from"] == "gpt":
-            waiting.append((form.answer + turn["value"], True))
-            add(end_token(template, tokenizer), learned=True)
-            continue
-        add_fixed(form.user)
-        for index, text in enumerate(turn["value"].split(IMAGE)):
-            if index:
-                add(IMAGE_TOKEN)
-            if form.asks:
-                waiting.append((text, False))
-                question += tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        add_fixed(form.assistant)
-    flush()
-    return Encoded(ids, labels, question)

@@ -1,33 +1,88 @@
-"""What each preset trains, and how: Table 7 of the paper, and what the released scripts add (yfzhang114/SliME, scripts/).
+"""Every setting: what a model is, what a stage shows and trains, how it learns, the flags of
+train.py.
 
-The paper gives batch sizes, learning rates, schedule, ZeRO stages and bfloat16; the scripts add activation checkpointing, the
-rank of LoRA and the adapters' rate beside it. Where the two differ (the scripts train the adapters of Llama 3 with
-5e-4 instead of 1e-3) the paper's value stands here. Every field of a recipe is also a flag of train.py.
+Nothing here needs torch, so that a wrong flag is named at once.
 """
 
-from dataclasses import dataclass
+import argparse
+import math
+from dataclasses import dataclass, field, fields, replace
 
-from sliming.model import SliMEConfig
+# ---------------------------------------------------------------------------------------- the model
 
-# none: every rank holds everything. grads: as DeepSpeed's ZeRO-2. params: as ZeRO-3. offload: ZeRO-3, kept in the CPU's memory.
+
+@dataclass
+class SliMEConfig:
+    """Everything that a checkpoint needs to be built again. Defaults are the paper's.
+
+    Where the released code departs from the paper a field chooses, and
+    checkpoints/released.py sets it for released checkpoints.
+    """
+
+    # Where the backbones came from: "tiny", a folder or a hub id.
+    vision: str = "openai/clip-vit-large-patch14-336"
+    llm: str = "lmsys/vicuna-7b-v1.5"
+    vision_layer: int = -2           # hidden state of the tower that is used
+    num_queries: int = 144           # Nq: tokens left of each crop (Table 3)
+    gamma: float = 0.75              # share of the relevance that is kept (Sec. 2.2, Table 3)
+    router_noise: float = 0.1        # std of the noise on the router's scores in training
+    router_score: str = "mean"       # or "sum": over the question's similarities to an image token
+    router_temperature: float = 1.0
+    router_text: str = "question"    # or "all" words: template and, in training, answer included
+    gate_noise: str = "w_noise"      # or "w_gate": what the size of the gates' noise is learned by
+    gate_epsilon: float = 0.0        # added to the gates' sum, which they are divided by
+    expert: int | None = None        # 0: MLP alone, 1: query former alone; None: both, gated
+    look_nearby: dict | None = None  # gains of QueryFormer.look_nearby; None: the paper
+    slicing: str = "paper"           # rule of slicer.choose_grid
+    global_view: str = "pad"         # or "squash"
+    max_side: int = 6                # crops along a side, at most
+    max_crops: int | None = None     # crops of an image, at most
+    separator: str = ","             # its embedding stands between global view and local tokens
+    separator_id: int | None = None  # that token, where it is known as a number only
+    template: str = "chat"           # of chat.TEMPLATES, for answering
+    vision_config: dict = field(default_factory=dict)  # of the backbones, as transformers has them
+    llm_config: dict = field(default_factory=dict)
+
+
+# --------------------------------------------------------------------------------------- the stages
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage shows and trains (Sec. 2.2, "Alternating Training Scheme")."""
+
+    parts: str                # "global", "local" or "both": argument of SliME.forward
+    template: str | None      # of chat.TEMPLATES; None for the model's own
+    trained: tuple[str, ...]  # submodules of SliME
+
+
+STAGES = {
+    1: Stage("global", "plain", ("adapter",)),                      # captions
+    2: Stage("local", None, ("compression",)),                      # detailed descriptions
+    3: Stage("both", None, ("adapter", "compression", "llm")),      # questions and answers
+}
+
+# What the ranks divide among them. none: everything is everywhere. grads: as DeepSpeed's ZeRO-2.
+# params: as ZeRO-3. offload: ZeRO-3, kept in the CPU's memory.
 SHARDING = ("none", "grads", "params", "offload")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one stage learns."""
+    """How one stage learns. Every field is also a flag of train.py."""
 
-    batch_size: int                 # records per step over all ranks: the global batch
-    learning_rate: float            # peak, of adapter and compression
-    llm_learning_rate: float = 0.0  # of the language model, or of its LoRA adapters
-    steps: int | None = None        # None: one epoch
-    warmup_ratio: float = 0.03      # of the steps, before the cosine
-    shard: str = "none"             # one of SHARDING
-    bf16: bool = False              # compute in bfloat16; what is trained keeps float32 master weights
-    recompute: bool = False         # the language model's layers in the backward pass (activation checkpointing)
-    lora: bool = False              # stage III trains adapters of rank 128, alpha 256, instead of the language model
-    max_tokens: int | None = None   # of a sample, before routing; longer ones lose crops
+    batch_size: int                  # records per step over all ranks: the global batch
+    learning_rate: float             # peak, of adapter and compression
+    llm_learning_rate: float = 0.0   # peak, of the language model or of its LoRA adapters
+    steps: int | None = None         # None: one epoch
+    warmup_ratio: float = 0.03       # of the steps, before the cosine
+    shard: str = "none"              # one of SHARDING
+    bf16: bool = False               # compute in bfloat16; what is trained is kept in float32
+    recompute: bool = False          # the language model's layers again in the backward pass
+    lora: bool = False               # stage III trains the LLM's LoRA adapters only
+    max_tokens: int | None = None    # of a sample, before routing; longer ones lose crops
     token_budget: int | None = None  # of a micro-batch on one device, before routing
+    micro_batch: int | None = None   # records of a micro-batch, at most
 
 
 @dataclass(frozen=True)
@@ -38,22 +93,147 @@ class Preset:
     recipes: dict[int, Recipe]
 
 
-def full_size(llm: str, template: str, llm_learning_rate: float, shard: tuple[str, str], lora: bool = False) -> Preset:
-    """One column of Table 7. `shard`: of stages I and II, and of stage III."""
-    context = 8192 if template == "llama3" else 4096  # of the language model; the released scripts cut at 2,048
+def table_7(llm: str, template: str, llm_learning_rate: float, shard: tuple[str, str],
+            lora: bool = False) -> Preset:
+    """One column of the paper's Table 7; `shard`: of stages I and II, and of stage III.
+
+    The paper gives batch sizes, learning rates, schedule, ZeRO stages and bfloat16; the released
+    scripts (yfzhang114/SliME, scripts/) add recomputation and LoRA's numbers. Where the two differ
+    (the scripts train Llama 3's adapters with 5e-4 instead of 1e-3) the paper's value stands here.
+    """
+    context = 8192 if template == "llama3" else 4096  # of the LLM; released scripts cut at 2,048
     common = {"bf16": True, "recompute": True, "max_tokens": context, "token_budget": 16384}
     adapters = Recipe(256, 1e-3, shard=shard[0], **common)
     # With LoRA the released scripts keep 2e-5 for adapter and compression.
-    last = Recipe(128, 2e-5 if lora else llm_learning_rate, llm_learning_rate, shard=shard[1], lora=lora, **common)
+    last = Recipe(128, 2e-5 if lora else llm_learning_rate, llm_learning_rate, shard=shard[1],
+                  lora=lora, **common)
     return Preset(SliMEConfig(llm=llm, template=template), {1: adapters, 2: adapters, 3: last})
 
 
+LLAMA3 = "meta-llama/Meta-Llama-3-{}-Instruct"
 PRESETS = {
-    "tiny": Preset(SliMEConfig(vision="tiny", llm="tiny", vision_layer=-1, num_queries=16),
-                   {1: Recipe(16, 2e-3, steps=400), 2: Recipe(16, 2e-3, steps=350), 3: Recipe(16, 1e-3, 1e-3, steps=450)}),
-    "vicuna-7b": full_size("lmsys/vicuna-7b-v1.5", "vicuna_v1", 2e-5, ("grads", "params")),
-    "vicuna-13b": full_size("lmsys/vicuna-13b-v1.5", "vicuna_v1", 2e-5, ("grads", "params")),
-    "llama3-8b": full_size("meta-llama/Meta-Llama-3-8B-Instruct", "llama3", 1e-5, ("grads", "params")),
-    "llama3-8b-lora": full_size("meta-llama/Meta-Llama-3-8B-Instruct", "llama3", 1e-4, ("grads", "params"), lora=True),
-    "llama3-70b-lora": full_size("meta-llama/Meta-Llama-3-70B-Instruct", "llama3", 1e-4, ("params", "offload"), lora=True),
+    # 64 patches and 16 queries per crop. Steps are few, so the compression begins where long
+    # training would bring it: each query looks at its own place first (QueryFormer.look_nearby).
+    "tiny": Preset(
+        SliMEConfig(vision="tiny", llm="tiny", vision_layer=-1, num_queries=16,
+                    look_nearby={"content": 0.1, "near": 9.0, "far": 0.1, "share": 6 / 32}),
+        {1: Recipe(16, 2e-3, steps=400), 2: Recipe(16, 2e-3, steps=350),
+         3: Recipe(16, 1e-3, 1e-3, steps=450)}),
+    "vicuna-7b": table_7("lmsys/vicuna-7b-v1.5", "vicuna_v1", 2e-5, ("grads", "params")),
+    "vicuna-13b": table_7("lmsys/vicuna-13b-v1.5", "vicuna_v1", 2e-5, ("grads", "params")),
+    "llama3-8b": table_7(LLAMA3.format("8B"), "llama3", 1e-5, ("grads", "params")),
+    "llama3-8b-lora": table_7(LLAMA3.format("8B"), "llama3", 1e-4, ("grads", "params"), lora=True),
+    "llama3-70b-lora": table_7(LLAMA3.format("70B"), "llama3", 1e-4, ("params", "offload"),
+                               lora=True),
 }
+
+# -------------------------------------------------------------------------------------------- flags
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False):
+    """A type for argparse: an int or float of `low` (or `above` it) .. `high`."""
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value <= high if above else low <= value <= high):
+            what = "a whole number" if kind is int else "a number"
+            least = f"above {low}" if above else f"of at least {low}"
+            most = f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"must be {what} {least}{most}, not {text!r}")
+        return value
+    return read
+
+
+COUNT, NATURAL = number(int, 1), number(int, 0)
+SEED, RATE = number(int, 0, 2**32 - 1), number(float, 0, 10)
+
+
+def flag(text: str, default=None, read=str, choices: tuple | None = None):
+    return field(default=default, metadata={"help": text, "read": read, "choices": choices})
+
+
+@dataclass
+class TrainConfig:
+    """The flags of train.py. The last group takes the preset's value for the stage where not
+    given."""
+
+    stage: str = flag("which stage(s) to run", "all", choices=("1", "2", "3", "all"))
+    preset: str = flag("model and hyperparameters", "tiny", choices=tuple(PRESETS))
+    out: str = flag("folder; the stages write stage1, stage2 and stage3 in it", "out")
+    data: list[str] | None = flag("LLaVA-format JSON or JSONL files (id, image, conversations), "
+                                  "each with a weight if wanted: a.json b.jsonl:0.5; without it "
+                                  "the built-in pictures")
+    images: str = flag("folder that the image paths in --data are relative to", ".")
+    vision: str | None = flag("folder or hub id of the vision tower, instead of the preset's")
+    llm: str | None = flag("folder or hub id of the language model, instead of the preset's")
+    init_from: str | None = flag("checkpoint to start from, instead of the stage before (for stage "
+                                 "1, the backbones); also a stage folder of the released code")
+    resume: str = flag("auto: go on with an interrupted run in --out; never: start anew", "auto",
+                       choices=("auto", "never"))
+    save_every: int = flag("steps between states to resume from", 200, COUNT)
+    keep: int = flag("states to keep", 2, COUNT)
+    seed: int = flag("of initialisation, order, noise and the built-in pictures", 0, SEED)
+    workers: int = flag("processes per rank that read and slice images; 0: the training process", 0,
+                        NATURAL)
+    strict_data: bool = flag("stop at a bad record instead of skipping and counting it", False)
+    eval_questions: int = flag("held-out questions of each family after each stage of the tiny "
+                               "preset; 0: none", 512, NATURAL)
+    attention: str = flag("how the query formers attend", "auto",
+                          choices=("auto", "sdpa", "triton"))
+    adapter_schedule: str = flag("stage 1: together, or alternate (the MLP first, then the query "
+                                 "former behind it)", "together",
+                                 choices=("together", "alternate"))
+    compile: bool = flag("torch.compile the language model's layers", False)
+    tensorboard: bool = flag("also write TensorBoard's files (pip install tensorboard)", False)
+
+    max_steps: int | None = flag("optimizer steps per stage", None, COUNT)
+    batch_size: int | None = flag("records per step over all ranks together", None, COUNT)
+    micro_batch: int | None = flag("records at a time on one rank; the rest is accumulated", None,
+                                   COUNT)
+    learning_rate: float | None = flag("peak, of adapter and compression", None, RATE)
+    llm_learning_rate: float | None = flag("peak, of the language model or its LoRA adapters", None,
+                                           RATE)
+    warmup_ratio: float | None = flag("share of the steps before the cosine", None,
+                                      number(float, 0, 1))
+    shard: str | None = flag("what the ranks divide among them (ZeRO-2, ZeRO-3, ZeRO-3 with "
+                             "offload)", choices=SHARDING)
+    bf16: bool | None = flag("compute in bfloat16")
+    recompute: bool | None = flag("recompute the language model's layers in the backward pass")
+    lora: bool | None = flag("train LoRA adapters in stage 3 instead of the language model")
+    max_tokens: int | None = flag("tokens of a sample at most, before routing: longer ones lose "
+                                  "crops, never words", None, COUNT)
+    token_budget: int | None = flag("tokens of a micro-batch at most, before routing", None, COUNT)
+
+    def recipe(self, stage: int) -> Recipe:
+        """The preset's recipe for a stage, with the flags that were given."""
+        given = {f.name: getattr(self, f.name) for f in fields(Recipe)
+                 if getattr(self, f.name, None) is not None}
+        if self.max_steps is not None:
+            given["steps"] = self.max_steps
+        if "llm" not in STAGES[stage].trained:
+            given["lora"] = False
+        return replace(PRESETS[self.preset].recipes[stage], **given)
+
+    @classmethod
+    def from_flags(cls, description: str, words: list[str] | None = None) -> "TrainConfig":
+        """Reads the command line; a wrong flag ends the program with one line."""
+        parser = argparse.ArgumentParser(prog="train.py", description=description,
+                                         formatter_class=Help, allow_abbrev=False)
+        for f in fields(cls):
+            options = {"help": f.metadata["help"], "default": f.default, "dest": f.name}
+            if "bool" in str(f.type):
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                options |= {"type": f.metadata["read"], "choices": f.metadata["choices"]}
+                options |= {"nargs": "+"} if "list" in str(f.type) else {}
+            parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
+        config = cls(**vars(parser.parse_args(words)))
+        if config.stage == "all" and config.init_from:
+            parser.error("--init-from says where one stage starts: name the stage with --stage")
+        return config
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help with a program's docstring as it stands, and every flag's default."""

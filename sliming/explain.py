@@ -7,29 +7,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sliming.model import Batch, Sample, SliME
+from sliming.inputs import Batch, Sample
 
 
 @torch.no_grad()
-def explain(model: SliME, sample: Sample, gamma: float | None, answer: str, path: Path) -> None:
-    """Draws, for each image: its crops, the local tokens that the router kept, and the adapter's gate per global token."""
+def explain(model: nn.Module, sample: Sample, gamma: float | None, answer: str, path: Path) -> None:
+    """Draws, for each image: its crops, the local tokens that the router kept, and the adapter's
+    gate per global token."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.patches import Patch
 
-    batch = Batch.pack([sample]).to(model.adapter.w_gate.device)
+    batch = Batch.pack([sample]).to(model.device)
     visual = model.see(batch, gamma=gamma)
-    side, size = model.compression.side, model.crop_size
+    side, size = model.compression.side, model.processor.crop_size
     rows_of_panels = len(sample.images)
     figure, panels = plt.subplots(rows_of_panels, 3, figsize=(14, 1.2 + 4.6 * rows_of_panels), squeeze=False,
                                   width_ratios=(1, 1, 1.12), layout="constrained")
-    question = model.tokenizer.decode(sample.text.question).strip()
+    question = model.processor.tokenizer.decode(sample.text.question).strip()
     figure.suptitle(f"Question: {question}\nAnswer: {answer}", fontsize=14)
-    keeps = visual.keep.split(visual.local_lengths)
-    for (cut, routed, gated), slices, keep, gates in zip(panels, sample.images, keeps, visual.gates):
+    for (cut, routed, gated), slices, keep, gates in zip(panels, sample.images, visual.keep,
+                                                         visual.gates, strict=True):
         columns, rows = slices.grid
         canvas = raster(slices.crops, columns, rows)                                    # [rows * S, columns * S, 3]
         cut.imshow(canvas)

@@ -29,12 +29,12 @@ def inside(folder: Path, name: str) -> Path:
         path = (folder / name).resolve()
         if path.is_relative_to(folder.resolve()):
             return path
-    except (ValueError, OSError, RuntimeError) as error:  # a null byte; links that go round in circles
+    except (ValueError, OSError, RuntimeError) as error:  # a null byte; links in a circle
         raise RecordError(f"{name!r} is no usable path ({error})") from error
     raise RecordError(f"{name} lies outside the folder {folder}")
 
 
-# ---------------------------------------------------------------------------- one JSON list or object
+# -------------------------------------------------------------------------- one JSON list or object
 
 
 class Element(NamedTuple):
@@ -47,7 +47,8 @@ class Element(NamedTuple):
 
 
 def elements(path: Path) -> Iterator[Element]:
-    """The elements of the one list or object in a JSON file, in turn, a piece of the file at a time.
+    """The elements of the one list or object in a JSON file, in turn, a piece of the file at a
+    time.
 
     RecordError, with the line, for a broken file, and for one that holds something else or more.
     """
@@ -109,7 +110,8 @@ class _Reader:
         """Steps over the next character, which must be one of `expected`."""
         found = self.peek()
         if not found or found not in expected:
-            raise self.error(f"expected {' or '.join(expected)}, found {found or 'the end of the file'}")
+            raise self.error(f"expected {' or '.join(expected)}, found "
+                             f"{found or 'the end of the file'}")
         self.advance(self.at + 1)
         return found
 
@@ -120,9 +122,9 @@ class _Reader:
             try:
                 value, end = DECODER.raw_decode(self.text, self.at)
             except (json.JSONDecodeError, RecursionError) as error:
-                # It may only go on behind what was read.
-                if len(self.text) - self.at < LONGEST and not isinstance(error, RecursionError) and self.more():
-                    continue
+                if isinstance(error, json.JSONDecodeError) and (
+                        len(self.text) - self.at < LONGEST and self.more()):
+                    continue  # it may go on behind what was read
                 self.line += self.text.count("\n", self.at, getattr(error, "pos", self.at))
                 raise self.error(getattr(error, "msg", "nested too deeply")) from error
             if end < len(self.text) or not self.more():  # a number at the edge may go on, too
@@ -130,7 +132,7 @@ class _Reader:
                 return value
 
 
-# ---------------------------------------------------------------------------------------------- JSONL
+# -------------------------------------------------------------------------------------------- JSONL
 
 
 def parse(line: bytes | str, path: Path, number: int) -> object:
@@ -179,6 +181,6 @@ def resume(path: Path) -> list[dict]:
         if line.strip():
             row = parse(line, path, number)
             if not isinstance(row, dict):
-                raise RecordError(f"{path}, line {number}: not a row of this program; remove the line")
+                raise RecordError(f"{path}, line {number}: not a row of this program; remove it")
             rows.append(row)
     return rows

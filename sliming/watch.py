@@ -1,19 +1,21 @@
-"""What a training run shows of itself: arithmetic, memory, metrics.jsonl, the loss curve.
-
-Legend: P parameters, T packed tokens of a micro-batch, V its views, L patches per view.
-"""
+"""What a run shows of itself: memory, arithmetic, metrics.jsonl, the loss curve, tables of text."""
 
 import json
 import os
-import resource
+import sys
+import time
 from pathlib import Path
 
 import torch
+from torch import nn
+from tqdm import tqdm
 
-from sliming.checkpoints.states import barrier, is_main
-from sliming.model import Batch, SliME
+from sliming.distributed import is_main, rank_and_world
+from sliming.inputs import Batch
+from sliming.records import resume
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bfloat16, from the data sheets
+# Dense bfloat16 operations per second, from the data sheets.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -22,38 +24,103 @@ def peak_flops(device: torch.device) -> float | None:
     return next((value for key, value in PEAK_FLOPS.items() if key in name), None)
 
 
-def step_flops(model: SliME, batch: Batch, parts: str, tokens: int) -> float:
-    """Floating-point operations of one micro-batch without recomputation: 2 P T forward, as much again for gradients of
-    activations and of trained weights each; the tower forward only. Attention's score products and the output layer, run at
-    supervised positions only, are left out."""
-    crops = sum(columns * rows for columns, rows in batch.grids)
-    views = {"global": len(batch.grids), "local": crops, "both": len(batch.grids) + crops}[parts]
+def step_flops(model: nn.Module, batch: Batch, parts: str, tokens: int) -> float:
+    """Floating-point operations of one micro-batch without recomputation: with P weights and T
+    tokens 2 P T forward, as much again for gradients of activations and of trained weights each;
+    the tower forward only. Left out: attention's scores, and the output layer, which runs at
+    supervised positions only."""
+    views = (len(batch.global_views) if parts != "local" else 0) + (
+        len(batch.crops) if parts != "global" else 0)
     tower = 2 * sum(p.numel() for p in model.vision.parameters()) * views * model.adapter.num_tokens
     llm = [p for p in model.llm.get_decoder().layers.parameters() if p.dim() == 2]
     return tower + sum((6 if p.requires_grad else 4) * p.numel() for p in llm) * tokens
 
 
-def memory(device: torch.device) -> float:
-    """Peak memory so far in GB: allocated on a GPU, resident elsewhere."""
+def peak_memory(device: torch.device) -> float:
+    """Peak memory so far in GB: allocated on a GPU, else resident; 0 where it cannot be asked."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    try:
+        import resource
+    except ModuleNotFoundError:  # not on Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class Log:
+    """metrics.jsonl, the progress bar and, if wanted, TensorBoard, of one stage on the first rank.
+
+    `history` holds all rows, those before step `first` from the file.
+    """
+
+    def __init__(self, out: Path, name: str, first: int, steps: int, tensorboard: bool):
+        path = out / "metrics.jsonl"
+        self.history = cut_metrics(path, first) if is_main() else []
+        self.file = open(path, "a") if is_main() else None
+        self.progress = tqdm(total=steps, initial=first, desc=name, unit="step",
+                             disable=not is_main())
+        self.board = tensorboard_writer(out) if tensorboard and is_main() else None
+        self.began = time.perf_counter()
+
+    def write(self, row: dict, device: torch.device) -> None:
+        """Adds the row of a step. Its `flops` and `waited`, sums over the ranks, become `mfu` and
+        `data_wait`, shares of the time since the last row."""
+        now = time.perf_counter()
+        took, self.began = now - self.began, now
+        world = rank_and_world()[1]
+        row["tokens_per_second"] = round(row["tokens"] / took, 1)
+        row["data_wait"] = round(row.pop("waited") / world / took, 3)
+        flops = row.pop("flops") / took / world
+        if peak := peak_flops(device):
+            row["mfu"] = round(flops / peak, 4)
+        self.history.append(row)
+        if self.file is None:
+            return
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        notes = [f"loss {row['loss']:.3f}", f"norm {row['grad_norm']:.2f}", f"lr {row['lr']:.1e}",
+                 f"{row['tokens_per_second']:.0f} tokens/s", f"{row['memory_gb']:.1f} GB",
+                 f"data {100 * row['data_wait']:.0f} %"]
+        notes += [f"MFU {100 * row['mfu']:.0f} %"] if "mfu" in row else []
+        notes += [f"{row['skipped']} skipped"] if row["skipped"] else []
+        self.progress.set_postfix_str(", ".join(notes), refresh=False)
+        self.progress.update()
+        if self.board is not None:
+            for name in ("loss", "grad_norm", "lr", "tokens_per_second", "data_wait"):
+                self.board.add_scalar(name, row[name], row["step"])
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.file is not None:
+            self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def tensorboard_writer(out: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ValueError("--tensorboard needs a package: pip install tensorboard") from error
+    return SummaryWriter(out / "tensorboard")
+
+
+def say(text: str, everyone: bool = False) -> None:
+    """Prints on the first rank, or a complaint of every rank's own, without tearing a bar."""
+    if everyone:
+        tqdm.write(text, file=sys.stderr)
+    elif is_main():
+        tqdm.write(text, file=sys.stdout)
 
 
 def cut_metrics(path: Path, first: int) -> list[dict]:
-    """The rows of metrics.jsonl before step `first`; what an interrupted run wrote after its last state is dropped."""
-    rows = []
-    for line in path.read_text().splitlines() if first and path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # the line that was being written when the run was killed
-    rows = [row for row in rows if row["step"] < first]
-    if is_main():  # in one go: a kill leaves the old rows or the new ones
-        new = path.with_suffix(".new")
-        new.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(new, path)
-    barrier()
+    """The rows of metrics.jsonl before step `first`, which are what the file holds afterwards: what
+    an interrupted run wrote after its last state is dropped."""
+    rows = [row for row in resume(path) if row["step"] < first] if first else []
+    new = path.with_suffix(".new")  # in one go: a kill leaves the old rows or the new ones
+    new.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(new, path)
     return rows
 
 
@@ -68,8 +135,17 @@ def plot_loss(history: list[dict], title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
     axes.plot(losses, color="0.75", linewidth=1, label="per step")
     axes.plot(means, color="tab:blue", linewidth=2, label="running mean")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", yscale="log", title=title)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", yscale="log",
+             title=title)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Lines of text: the first column flush left, the others flush right."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+                     for line in lines)

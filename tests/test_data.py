@@ -12,7 +12,7 @@ from sliming import data
 from sliming.data import (RecordError, RecordFile, Steps, blank_sample, check_record, load_sample, open_mixture,
                           token_count)
 from sliming.model import Batch
-from sliming.slicer import open_image
+from sliming.images import open_image
 from sliming.tiny.pictures import TrainingSet
 
 

@@ -59,7 +59,7 @@ def qformer_twin(former, x, heads):
 
     side = math.isqrt(x.shape[1])
     # The module resizes in float32; that the resize itself is right has a test of its own.
-    key_position = former.to_patch_grid(former.position, side).to(x.dtype)
+    key_position = former.to_patch_grid(former.position, side**2).to(x.dtype)
     q = split(linear(former.w_q, normalise_twin(former.query, former.ln_q) + former.position))
     out = []
     for crop in x:
@@ -137,7 +137,7 @@ def test_key_positions_are_resized_bicubically(query_side, key_side):
     matrix = bicubic_twin(query_side, key_side)
     grid = former.position.double().view(query_side, query_side, 16)
     expected = torch.einsum("ir,jc,rcd->ijd", matrix, matrix, grid).flatten(0, 1)
-    got = former.to_patch_grid(former.position, key_side)
+    got = former.to_patch_grid(former.position, key_side**2)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
     if query_side == key_side:
         assert torch.equal(got, former.position)
@@ -155,6 +155,7 @@ def test_forward_and_every_gradient(queries, patches, crops):
     out, expected = former(x), qformer_twin(former, x, heads=2)
     assert out.shape == (crops, queries, 8)
     torch.testing.assert_close(out, expected, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(former.as_written(x), expected, rtol=1e-8, atol=1e-9)
     names, leaves = zip(("x", x), *former.named_parameters())
     assert len(names) == 1 + 1 + 3 * 2 + 4 * 2
     cotangent = torch.randn_like(out)
@@ -299,7 +300,7 @@ def test_released_resamplers():
         for key, value in tensors.items():
             if key.startswith(f"{case}/inter/key_pos_"):
                 side = math.isqrt(value.shape[0])
-                key_position = former.to_patch_grid(former.position, side)
+                key_position = former.to_patch_grid(former.position, side**2)
                 torch.testing.assert_close(key_position, value, rtol=0, atol=1e-5)
             elif key.startswith(f"{case}/in/x"):
                 out = former(value)

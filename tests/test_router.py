@@ -1,6 +1,6 @@
 """The router against a double loop over image and text tokens in float64, by hand, and recorded selections.
 
-Shapes: I images, M local tokens of all images, Q question tokens of all images, D channels.
+Legend: M local tokens of an image, Q question tokens, D channels.
 """
 
 import json
@@ -42,40 +42,36 @@ def keep_twin(scores, gamma):
     return keep, margin
 
 
-def ragged(lengths, question_lengths, dim=16, seed=0):
-    torch.manual_seed(seed)
-    return torch.randn(sum(lengths), dim), torch.randn(sum(question_lengths), dim)
+def pair(tokens, words, dim=16, seed=0):
+    """Random local tokens [M, D] and question tokens [Q, D]."""
+    generator = torch.Generator().manual_seed(1000 * seed + 10 * tokens + words)
+    return torch.randn(tokens, dim, generator=generator), torch.randn(words, dim, generator=generator)
 
 
-LENGTHS, QUESTIONS = [7, 0, 1, 144, 49, 9], [3, 2, 1, 8, 0, 1]
+SIZES = [(7, 3), (1, 1), (144, 8), (49, 2), (9, 1), (2, 5)]  # (M, Q)
 
 
 @pytest.mark.parametrize("gamma", [1e-6, 0.1, 0.5, 0.75, 0.95, 1 - 1e-6, 1])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_route_is_the_double_loop(gamma, noise):
-    local, question = ragged(LENGTHS, QUESTIONS)
-    draws = torch.randn(len(local))
-    keep = route(local, LENGTHS, question, QUESTIONS, gamma=gamma, noise=noise * draws if noise else None)
-    assert keep.dtype == torch.bool and keep.shape == (len(local),)
-    pieces = zip(keep.split(LENGTHS), local.split(LENGTHS), question.split(QUESTIONS), draws.split(LENGTHS))
-    for kept, tokens, text, draw in pieces:
-        if len(text) == 0 or len(tokens) == 0:
-            assert kept.all()
-            continue
-        scores = [score + noise * float(n) for score, n in zip(scores_twin(tokens, text), draw)]
-        expected, margin = keep_twin(scores, gamma)
-        assert margin > 1e-7 or gamma == 1, "a tie within rounding decides nothing: choose another seed"
-        assert kept.tolist() == expected
+@pytest.mark.parametrize("tokens, words", SIZES)
+def test_route_is_the_double_loop(tokens, words, gamma, noise):
+    local, question = pair(tokens, words)
+    draws = torch.randn(tokens, generator=torch.Generator().manual_seed(0))
+    keep = route(local, question, gamma, noise=noise * draws if noise else None)
+    assert keep.dtype == torch.bool and keep.shape == (tokens,)
+    scores = [score + noise * float(n) for score, n in zip(scores_twin(local, question), draws)]
+    expected, margin = keep_twin(scores, gamma)
+    assert margin > 1e-7 or gamma == 1, "a tie within rounding decides nothing: choose another seed"
+    assert keep.tolist() == expected
 
 
-def test_relevance_is_the_double_loop():
-    local, question = ragged(LENGTHS, QUESTIONS)
-    image = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
-    got = relevance(local, image, question, QUESTIONS)
-    assert got.dtype == torch.float32
-    for scores, tokens, text in zip(got.split(LENGTHS), local.split(LENGTHS), question.split(QUESTIONS)):
-        expected = scores_twin(tokens, text) if len(text) else [0.0] * len(tokens)
-        torch.testing.assert_close(scores, torch.tensor(expected), rtol=0, atol=1e-6)
+@pytest.mark.parametrize("tokens, words", SIZES)
+def test_relevance_is_the_double_loop(tokens, words):
+    local, question = pair(tokens, words)
+    scores = relevance(local, question)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, torch.tensor(scores_twin(local, question)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(relevance(local, question, "sum"), scores * words)
 
 
 @pytest.mark.parametrize("gamma, expected",
@@ -86,15 +82,14 @@ def test_on_paper(gamma, expected):
     Sorted and accumulated: .445 (token 0), .776 (token 3), .940 (token 1), 1 (token 2).
     """
     local = torch.tensor([[1.0, 0], [0, 5], [-3, 0], [2, 2]])
-    question = torch.tensor([[7.0, 0]])
-    assert route(local, [4], question, [1], gamma=gamma).nonzero().flatten().tolist() == expected
+    assert route(local, torch.tensor([[7.0, 0]]), gamma).nonzero().flatten().tolist() == expected
 
 
 def test_average_is_over_cosines():
     """A long text token counts no more than a short one: both image tokens score 1/2, the first wins."""
     local, question = torch.tensor([[0.0, 1], [1, 0]]), torch.tensor([[100.0, 0], [0, 1]])
-    assert relevance(local, torch.tensor([0, 0]), question, [2]).tolist() == [0.5, 0.5]
-    assert route(local, [2], question, [2], gamma=0.4).tolist() == [True, False]
+    assert relevance(local, question).tolist() == [0.5, 0.5]
+    assert route(local, question, 0.4).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("gamma", [0.25, 0.5, 0.75])
@@ -103,12 +98,9 @@ def test_ties_and_exact_cut(gamma):
 
     They are the first ones. A softmax in float32 rounds 1/n and its sums, and moves this cut.
     """
-    lengths = list(range(1, 60))
-    ones = [1] * len(lengths)
-    keep = route(torch.ones(sum(lengths), 3), lengths, torch.ones(len(lengths), 3), ones, gamma=gamma)
-    for n, kept in zip(lengths, keep.split(lengths)):
+    for n in range(1, 60):
         number = min(n, math.floor(gamma * n) + 1)
-        assert kept.tolist() == [True] * number + [False] * (n - number)
+        assert route(torch.ones(n, 3), torch.ones(1, 3), gamma).tolist() == [True] * number + [False] * (n - number)
 
 
 def test_the_cut_is_exact():
@@ -118,111 +110,75 @@ def test_the_cut_is_exact():
     before = [Fraction(0), *accumulate(Fraction(weight) for weight in (ranked - ranked[0]).exp().tolist())]
     for k in range(1000, 20_000, 1234):
         for offset in (-1e-9, 1e-9):
-            gamma = float(before[k] / before[-1]) + offset
-            keep = select(scores, torch.zeros(20_000, dtype=torch.int64), [20_000], gamma)
+            keep = select(scores, float(before[k] / before[-1]) + offset)
             assert keep.sum() == k + (offset > 0) and scores[keep].min() >= scores[~keep].max()
-
-
-def test_neighbours_change_nothing_bitwise():
-    local, question = ragged(LENGTHS, QUESTIONS, dim=100, seed=1)
-    order = [3, 5, 4, 1, 0, 2, 3]
-    tokens, texts = local.split(LENGTHS), question.split(QUESTIONS)
-    for gamma in (0.3, 0.75):
-        alone = [route(tokens[i], [LENGTHS[i]], texts[i], [QUESTIONS[i]], gamma=gamma) for i in order]
-        together = route(torch.cat([tokens[i] for i in order]), [LENGTHS[i] for i in order],
-                         torch.cat([texts[i] for i in order]), [QUESTIONS[i] for i in order], gamma=gamma)
-        assert torch.equal(together, torch.cat(alone))
-    image = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
-    scores = relevance(local, image, question, QUESTIONS).split(LENGTHS)
-    for i, score in enumerate(scores):
-        lone = relevance(tokens[i], torch.zeros(LENGTHS[i], dtype=torch.int64), texts[i], [QUESTIONS[i]])
-        assert torch.equal(lone, score)
 
 
 def test_gamma_one_keeps_everything():
     """Also where float32 would round the accumulated softmax above 1 early, and below 1 late."""
     for seed in range(20):
-        local, question = ragged([300, 2], [2, 1], seed=seed)
-        assert route(local, [300, 2], question, [2, 1], gamma=1.0, noise=torch.randn(302)).all()
+        assert route(*pair(300, 2, seed=seed), 1.0, noise=torch.randn(300)).all()
 
 
 def test_without_question_or_tokens():
-    local, question = ragged([4, 5], [0, 0])
     for random in (False, True):
-        assert route(local, [4, 5], question, [0, 0], gamma=0.1, random=random).all()
-        assert route(local[:0], [0, 0], torch.ones(3, 16), [2, 1], gamma=0.1, random=random).shape == (0,)
-    assert route(local[:0], [], question, [], gamma=0.1).shape == (0,)
+        assert route(*pair(4, 0), 0.1, random=random).tolist() == [True] * 4
+        assert route(*pair(0, 3), 0.1, random=random).shape == (0,)
 
 
 def test_zero_token_scores_zero():
     """A token of zeros has no direction: its cosine counts as 0, between a matching and an opposed one."""
     local = torch.tensor([[-1.0, 0], [0, 0], [1, 0]])
-    scores = relevance(local, torch.tensor([0, 0, 0]), torch.tensor([[1.0, 0]]), [1])
-    assert scores.tolist() == [-1, 0, 1]
+    assert relevance(local, torch.tensor([[1.0, 0]])).tolist() == [-1, 0, 1]
 
 
 def test_not_a_number_is_not_hidden():
-    local, question = ragged([6, 6], [1, 1])
+    local, question = pair(6, 1)
     local[2] = torch.nan
-    keep = route(local, [6, 6], question, [1, 1], gamma=0.3)
-    assert keep[:6].all() and torch.equal(keep[6:], route(local[6:], [6], question[1:], [1], gamma=0.3))
+    assert route(local, question, 0.3).all()
 
 
-def test_random_control_keeps_as_many():
-    local, question = ragged(LENGTHS, QUESTIONS)
-    routed = route(local, LENGTHS, question, QUESTIONS, gamma=0.5)
-    drawn = [route(local, LENGTHS, question, QUESTIONS, gamma=0.5, random=True,
-                   generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    for keep in drawn:
-        assert not torch.equal(keep, routed)
-        for random_part, routed_part in zip(keep.split(LENGTHS), routed.split(LENGTHS)):
-            assert random_part.sum() == routed_part.sum()
-
-
-def test_random_control_is_uniform():
-    """1,000 copies of one image in one batch: each of its 8 tokens is drawn equally often."""
-    copies, n = 1000, 8
-    local, question = ragged([n], [1])
-    number = int(route(local, [n], question, [1], gamma=0.4).sum())
-    assert 1 < number < n - 1
-    keep = route(local.repeat(copies, 1), [n] * copies, question.repeat(copies, 1), [1] * copies, gamma=0.4,
-                 random=True, generator=torch.Generator().manual_seed(0)).view(copies, n)
+def test_random_control_keeps_as_many_and_is_uniform():
+    """1,000 draws: each of 8 tokens is drawn equally often, and as many as the router keeps."""
+    local, question = pair(8, 1)
+    number = int(route(local, question, 0.4).sum())
+    assert 1 < number < 7
+    torch.manual_seed(0)
+    keep = torch.stack([route(local, question, 0.4, random=True) for _ in range(1000)])
     assert (keep.sum(dim=1) == number).all()
-    share = number / n
-    sigma = math.sqrt(share * (1 - share) / copies)
-    assert (keep.double().mean(dim=0) - share).abs().max() < 5 * sigma
+    share = number / 8
+    assert (keep.double().mean(dim=0) - share).abs().max() < 5 * math.sqrt(share * (1 - share) / 1000)
+    torch.manual_seed(0)
+    assert torch.equal(route(local, question, 0.4, random=True), keep[0])
 
 
 def test_no_graph_is_kept(monkeypatch):
     """The hard selection has no gradient, so no [M, D] products may be held for a backward pass."""
     seen = []
-    monkeypatch.setattr("sliming.router.select", lambda scores, *_, **__: seen.append(scores) or scores > 0)
-    local, question = (tensor.requires_grad_() for tensor in ragged([5], [2]))
-    assert not route(local, [5], question, [2], gamma=0.5).requires_grad and not seen[0].requires_grad
+    monkeypatch.setattr("sliming.router.select", lambda scores, *_: seen.append(scores) or scores > 0)
+    local, question = (tensor.requires_grad_() for tensor in pair(5, 2))
+    assert not route(local, question, 0.5).requires_grad and not seen[0].requires_grad
 
 
-def test_half_precision_is_scored_in_float32():
-    local, question = ragged(LENGTHS, QUESTIONS)
-    local, question = local.bfloat16(), question.bfloat16()
-    keep = route(local, LENGTHS, question, QUESTIONS, gamma=0.5)
-    assert torch.equal(keep, route(local.float(), LENGTHS, question.float(), QUESTIONS, gamma=0.5))
-    image = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
-    scores = relevance(local, image, question, QUESTIONS)
+@pytest.mark.parametrize("tokens, words", SIZES)
+def test_half_precision_is_scored_in_float32(tokens, words):
+    local, question = (tensor.bfloat16() for tensor in pair(tokens, words))
+    scores = relevance(local, question)
     assert scores.dtype == torch.float32
-    assert torch.equal(scores, relevance(local.float(), image, question.float(), QUESTIONS))
+    assert torch.equal(scores, relevance(local.float(), question.float()))
+    assert torch.equal(route(local, question, 0.5), route(local.float(), question.float(), 0.5))
 
 
 @pytest.mark.parametrize("gamma", [0, -0.5, 1.01, math.nan])
 def test_gamma_out_of_range(gamma):
     with pytest.raises(ValueError, match=r"gamma must be in \(0, 1\]"):
-        route(torch.ones(1, 2), [1], torch.ones(1, 2), [1], gamma=gamma)
+        route(torch.ones(1, 2), torch.ones(1, 2), gamma)
 
 
-@pytest.mark.parametrize("lengths, question_lengths", [([2], [1, 0]), ([3], [1]), ([2], [2])])
-def test_lengths_must_fit(lengths, question_lengths):
-    with pytest.raises(ValueError, match="length"):
-        route(torch.ones(2, 2), lengths, torch.ones(1, 2), question_lengths, gamma=0.5)
+@pytest.mark.parametrize("options", [{"score": "max"}, {"temperature": 0.0}, {"temperature": math.nan}])
+def test_wrong_options(options):
+    with pytest.raises(ValueError, match='score must be "mean" or "sum" and temperature above 0'):
+        route(torch.ones(1, 2), torch.ones(1, 2), 0.5, **options)
 
 
 # --- recorded selections ---
@@ -242,11 +198,9 @@ def test_released_sampler():
         prefix = f"{case}/"
         tensors = {key.removeprefix(prefix): v for key, v in everything.items() if key.startswith(prefix)}
         local, text, mask = tensors["in/local"], tensors["in/text"], tensors["in/mask"].bool()
-        image = torch.zeros(len(local), dtype=torch.int64)
-        mean = relevance(local, image, text, [len(text)])
+        mean = relevance(local, text)
         torch.testing.assert_close(mean, tensors["out/similarity_nomask_mean"], rtol=0, atol=2e-5)
-        words = int(mask.sum())
-        total = relevance(local, image, text[mask], [words], "sum")
+        total = relevance(local, text[mask], "sum")
         torch.testing.assert_close(total, tensors["out/similarity"], rtol=0, atol=2e-5)
         for key, expected in tensors.items():
             found = re.fullmatch(r"out/(probs|indices)_(train_)?(?:topp([\d.]+)_)?temp([\d.]+)", key)
@@ -257,8 +211,8 @@ def test_released_sampler():
             if kind == "probs":
                 torch.testing.assert_close(scores.softmax(dim=0), expected, rtol=0, atol=1e-6)
             elif float(top_p) < 1:
-                keep = route(local, [len(local)], text[mask], [words], gamma=float(top_p), score="sum",
-                             temperature=float(temperature), noise=0.1 * tensors["in/noise"] if train else None)
+                keep = route(local, text[mask], float(top_p), score="sum", temperature=float(temperature),
+                             noise=0.1 * tensors["in/noise"] if train else None)
                 assert torch.equal(keep.nonzero().flatten(), expected), key
             compared += 1
     assert compared, "the folder holds no TextGuidedSampler case"

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from reference import reference_folder
 
-from sliming.slicer import Slices, choose_grid, open_image, slice_image
+from sliming.images import open_image
+from sliming.slicer import Slices, choose_grid, slice_image
 
 
 # ---- slow twins --------------------------------------------------------------------------------------------
@@ -427,8 +428,8 @@ def test_global_view_never_builds_a_square_of_the_long_side(monkeypatch):
     """A 20,000-pixel strip padded to a square first would take 1.2 GB; no canvas is larger than the crops."""
     image = Image.new("RGB", (20000, 50))
     sizes = []
-    zeros, resize = np.zeros, Image.Image.resize
-    monkeypatch.setattr(np, "zeros", lambda shape, dtype: sizes.append(shape[:2]) or zeros(shape, dtype))
+    zeros, resize = torch.zeros, Image.Image.resize
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **k: sizes.append(shape[:2]) or zeros(*shape, **k))
     monkeypatch.setattr(Image.Image, "resize", lambda *args: sizes.append(args[1]) or resize(*args))
     monkeypatch.setattr(Image, "new", None)  # no canvas is made by Pillow
     slice_image(image)

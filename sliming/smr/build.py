@@ -39,7 +39,7 @@ from PIL import Image
 
 from sliming.chat import IMAGE
 from sliming.data import check_record
-from sliming.slicer import open_image
+from sliming.images import open_image
 from sliming.smr.sources import (OPTION_LETTER, SINGLE_WORD, SOURCES, Candidate, Drop, Selection, SourceError, check_folder,
                                  stream_json, stream_lines)
 

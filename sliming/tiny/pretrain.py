@@ -1,6 +1,6 @@
 """How the two stand-ins of the tiny preset come to be: a vision tower that reads, a language model that looks things up.
 
-`python -m sliming.backbones --pretrain-tiny` runs this. The stand-ins are to CLIP and Vicuna what the tiny preset is to
+`python -m sliming.tiny --pretrain FOLDER` runs this. The stand-ins are to CLIP and Vicuna what the tiny preset is to
 SliME: something competent to freeze. They are *not* a small CLIP and a small Vicuna:
 
 * The vision tower learns from the picture generator's own dense labels (what is drawn where, which glyphs), so it is a
@@ -9,9 +9,9 @@ SliME: something competent to freeze. They are *not* a small CLIP and a small Vi
   what CLIP's background patches are known to carry as well, a summary of the picture (kind, count, colour that stands out).
 * The language model learns to look facts up. In a third of its documents the facts are plain text. In the others they come
   as *slots*: one vector per fact, the sum of its words' embeddings, in random order among blanks and noise, which is what
-  an adapter's output can look like to it. Captions, descriptions, questions and answers are those of synthetic.py, from a
+  an adapter's output can look like to it. Captions, descriptions, questions and answers are those of pictures.py, from a
   random stream of their own. It answers what is asked about slots well; in plain text it finds words, but mixes numbers
-  up (README, "What the tiny preset is").
+  up (see the README of this folder).
 
 Legend: V views, L = 64 patches per view (8 x 8), Dv = 128 vision width, D = 128 language model width.
 """

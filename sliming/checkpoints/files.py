@@ -1,0 +1,238 @@
+"""Checkpoint folders: config.json, safetensors, tokenizer files. Read strictly, written whole.
+
+A reader (`read` here, `released.read` for the paper's own checkpoints) gives the settings, the
+tokenizer and a stream of (name, tensor); `fill` puts them into a model, every tensor and no other.
+Nothing but JSON and tensors is read, and no code of a checkpoint is run.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sliming.checkpoints.lora import with_adapters
+from sliming.config import SliMEConfig
+
+Tensors = Iterator[tuple[str, Tensor]]
+INDEX = "model.safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """A folder that cannot be read as a checkpoint; the message is one line."""
+
+
+@dataclass
+class Checkpoint:
+    """What a folder holds."""
+
+    folder: Path
+    config: SliMEConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    tensors: Tensors  # by our names, read as they are asked for
+    # Our names -> those that the folder's files use, for messages.
+    called: Callable[[list[str]], list[str]] = list
+
+
+def find(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint, downloaded where `name` is a hub id. FileNotFoundError."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_absolute() or len(folder.parts) != 2 or str(name).startswith("."):
+            raise FileNotFoundError(f"{name}: no such checkpoint folder")
+        try:
+            folder = download(str(name), revision)
+        except OSError as error:
+            reason = str(error).partition("\n")[0]
+            raise FileNotFoundError(f"{name}: neither a folder nor to be had from the hub "
+                                    f"({reason})") from error
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no config.json, so this is no checkpoint")
+    return folder
+
+
+def download(name: str, revision: str | None = None) -> Path:
+    """The folder of a hub repository: settings, tokenizer, and weights once, as safetensors where
+    it has them."""
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "lora/*"]
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    # Older checkpoints are .bin files, and what was trained beside a released LoRA always is.
+    if not list(folder.glob("*.safetensors")) or (folder / "adapter_config.json").is_file():
+        snapshot_download(name, revision=revision, allow_patterns=["*.bin"],
+                          ignore_patterns=["*/*"])
+    return folder
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def read(folder: Path) -> Checkpoint:
+    """A checkpoint of this package; LoRA adapters beside the weights are merged.
+    CheckpointError."""
+    settings = read_json(folder / "config.json")
+    if settings.pop("format", None) != "sliming":
+        raise CheckpointError(f"{folder}: config.json is not that of a sliming checkpoint")
+    if unknown := sorted(set(settings) - {f.name for f in fields(SliMEConfig)}):
+        raise CheckpointError(f"{folder}/config.json: unknown field {', '.join(unknown)}; was it "
+                              "written by a newer version?")
+    named = {"model.safetensors"}
+    if (folder / INDEX).is_file():
+        named = set(read_json(folder / INDEX)["weight_map"].values())
+    if stray := {path.name for path in folder.glob("*.safetensors")} - named:
+        raise CheckpointError(f"{folder}: {', '.join(sorted(stray))} does not belong to the "
+                              "checkpoint (another program's, or left by a save that was killed); "
+                              "remove it")
+    tensors = read_weights(folder, "model")
+    if (folder / "lora" / "adapter_config.json").is_file():
+        tensors = with_lora(tensors, folder / "lora", prefix="llm.")
+    return Checkpoint(folder, SliMEConfig(**settings), AutoTokenizer.from_pretrained(folder), tensors)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of a checkpoint; CheckpointError where it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy or download the "
+                              "file again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, not an object of settings")
+    return content
+
+
+def read_weights(folder: Path, stem: str) -> Tensors:
+    """All tensors of `stem`'s file or shards, one at a time; CheckpointError for a missing or
+    broken file."""
+    names = (f"{stem}.safetensors", "pytorch_model.bin" if stem == "model" else f"{stem}.bin")
+    for name in names:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            for shard in sorted(set(read_json(index)["weight_map"].values())):
+                yield from read_file(folder / shard)
+            return
+        if (folder / name).is_file():
+            yield from read_file(folder / name)
+            return
+    raise CheckpointError(f"{folder} has no weights: neither {' nor '.join(names)} nor shards of "
+                          "them")
+
+
+def read_file(path: Path) -> Tensors:
+    """The tensors of one safetensors or .bin file, read as they are asked for."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    yield name, file.get_tensor(name)
+            return
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not (isinstance(content, dict)
+                and all(isinstance(tensor, Tensor) for tensor in content.values())):
+            raise RuntimeError("it holds something else than tensors by name")
+        yield from content.items()
+    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: unreadable weights ({reason}); copy or download the file "
+                              "again") from error
+
+
+def with_lora(tensors: Tensors, folder: Path, prefix: str = "") -> Tensors:
+    """The stream with the adapters of `folder` added: W + B A alpha / r, A [r, in], B [out, r].
+
+    `prefix` stands before the adapters' names in the stream. Adapters without a weight to be added
+    to come last, under their own names, which nobody knows. CheckpointError for another kind.
+    """
+    settings = read_json(folder / "adapter_config.json")
+    for kind in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if settings.get(kind):
+            raise CheckpointError(f"{folder}/adapter_config.json: {kind} is set; only plain LoRA "
+                                  "can be merged")
+    low_rank = {}
+    for name, tensor in read_weights(folder, "adapter_model"):
+        name = prefix + name.removeprefix("base_model.model.").replace(".default.", ".")
+        if ".lora_A." in name and len(tensor) != settings.get("r"):
+            raise CheckpointError(f"{folder}: {name} has rank {len(tensor)}, adapter_config.json "
+                                  f"says {settings.get('r')}")
+        low_rank[name] = tensor
+    for name, tensor in tensors:
+        down, up = (f"{name.removesuffix('.weight')}.lora_{which}.weight" for which in "AB")
+        if down in low_rank and up in low_rank:
+            tensor = with_adapters(tensor, low_rank.pop(down), low_rank.pop(up), settings)
+        yield name, tensor
+    yield from low_rank.items()
+
+
+@torch.no_grad()
+def fill(own: dict[str, Tensor], tensors: Tensors, source: Path | str,
+         called: Callable[[list[str]], list[str]] = list, optional: tuple[str, ...] = ()) -> None:
+    """Copies a stream into the tensors of a model, `own`, by name.
+
+    Strict: an unknown name, a wrong shape, or a tensor that the stream lacks (unless its name
+    begins with one of `optional`) is a CheckpointError.
+    """
+    found, unknown = set(), []
+    for name, tensor in tensors:
+        if name not in own:
+            unknown.append(name)
+            continue
+        if own[name].shape != tensor.shape:
+            raise CheckpointError(f"{source}: {called([name])[0]} has shape {list(tensor.shape)}, "
+                                  f"the model {list(own[name].shape)}")
+        own[name].copy_(tensor)
+        found.add(name)
+    missing = [name for name in own if name not in found and not name.startswith(optional)]
+    for what, names in (("has unknown", unknown), ("lacks", called(missing))):
+        if names:
+            some = ", ".join(sorted(names)[:8]) + (" ..." if len(names) > 8 else "")
+            raise CheckpointError(f"{source}: the checkpoint {what} {len(names)} tensors: {some}")
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def write(folder: Path, config: SliMEConfig, tensors: dict[str, Tensor],
+          tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Writes a checkpoint: config.json, safetensors (in shards above 5 GB), tokenizer files.
+
+    Everything is written beside the old files first. Weights change in one step, the replacing or
+    removing of one file; so a full disk (OSError) or a kill leaves the old checkpoint or the new
+    one. Weights that the new ones replace are removed last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
+        new = Path(new)
+        try:
+            save_torch_state_dict(tensors, new)
+        except SafetensorError as error:  # how safetensors reports a failed write
+            raise OSError(f"{folder}: cannot save ({error}); free some space, what was there is "
+                          "unchanged") from error
+        if (new / INDEX).is_file():  # shards get names that no earlier save used
+            index, mark = read_json(new / INDEX), new.name.removeprefix(".saving-")
+            for shard in set(index["weight_map"].values()):
+                os.replace(new / shard, new / shard.replace("model-", f"model-{mark}-"))
+            index["weight_map"] = {name: shard.replace("model-", f"model-{mark}-")
+                                   for name, shard in index["weight_map"].items()}
+            (new / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        settings = {"format": "sliming", **asdict(config)}
+        (new / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        named = {path.name for path in new.iterdir()}
+        order = {INDEX: 1, "config.json": 2}  # what points to others comes after them
+        for path in sorted(new.iterdir(), key=lambda path: (order.get(path.name, 0), path.name)):
+            os.replace(path, folder / path.name)
+    if INDEX not in named:
+        (folder / INDEX).unlink(missing_ok=True)
+    for old in folder.glob("*.safetensors"):
+        if old.name not in named:
+            old.unlink()
+    shutil.rmtree(folder / "lora", ignore_errors=True)  # adapters of a model that lay here

@@ -1,0 +1,34 @@
+"""`python -m sliming.tiny`: a built-in picture to look at, or the stand-ins made anew."""
+
+import argparse
+from pathlib import Path
+
+from sliming.config import SEED
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sliming.tiny", allow_abbrev=False,
+                                     description="The tiny preset's pictures and stand-ins.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--picture", type=Path, metavar="FILE",
+                      help="write a held-out picture and print what can be asked about it")
+    what.add_argument("--pretrain", type=Path, metavar="FOLDER",
+                      help="train the vision tower and the language model again (half an hour on a "
+                           "core) and write them to FOLDER/vision and FOLDER/llm")
+    parser.add_argument("--index", type=int, default=39, help="which picture (default: 39)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of --pretrain (default: 0)")
+    arguments = parser.parse_args()
+    if arguments.pretrain:
+        from sliming.tiny.pretrain import pretrain
+        pretrain(arguments.pretrain, arguments.seed)
+        return
+    from sliming.tiny.held_out import held_out_scene
+    from sliming.tiny.pictures import detail_questions, global_questions, render
+    scene, rng = held_out_scene("detail", arguments.index)
+    render(scene, rng).save(arguments.picture)
+    for question, answer in global_questions(scene) + detail_questions(scene):
+        print(f"{question:40}{answer}")
+
+
+if __name__ == "__main__":
+    main()

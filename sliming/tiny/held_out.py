@@ -1,0 +1,111 @@
+"""The built-in held-out questions, and how well a model answers them."""
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sliming import watch
+from sliming.data import load_sample
+from sliming.distributed import reduce
+from sliming.generate import exact_match
+from sliming.inputs import Batch
+from sliming.model import SliME
+from sliming.tiny.pictures import (
+    Scene,
+    detail_questions,
+    generator,
+    global_questions,
+    record,
+    render,
+    sample_scene,
+)
+
+
+def held_out_scene(
+    family: str, index: int, across_seams: bool = False
+) -> tuple[Scene, np.random.Generator]:
+    """The large picture behind held-out record `index`, and the stream that draws it and asks."""
+    rng = generator("held-out", ("global", "detail").index(family), index)
+    return sample_scene(rng, across_seams=across_seams), rng
+
+
+def held_out(family: str, index: int, across_seams: bool = False) -> dict:
+    """Held-out record `index` of the "global" or "detail" family: a question about a picture."""
+    scene, rng = held_out_scene(family, index, across_seams)
+    pool = global_questions(scene) if family == "global" else detail_questions(scene)
+    return record(f"{family}-{index}", render(scene, rng), [pool[rng.integers(len(pool))]])
+
+
+# ----------------------------------------------------------------------------------------- accuracy
+
+# name: (family of questions, parts shown, gamma or None for the model's own,
+#        any tokens instead of the router's)
+SETTINGS = {
+    "global": ("global", "both", None, False),
+    "global_gamma_1": ("global", "both", 1.0, False),
+    "global_gamma_025": ("global", "both", 0.25, False),
+    "detail": ("detail", "both", None, False),
+    "detail_gamma_1": ("detail", "both", 1.0, False),
+    "detail_gamma_025": ("detail", "both", 0.25, False),
+    "detail_random_025": ("detail", "both", 0.25, True),
+    "detail_without_local": ("detail", "global", None, False),
+}
+
+
+@torch.no_grad()
+def held_out_accuracy(
+    model: SliME, questions: int, parts: str = "both", across_seams: bool = False,
+    batch_size: int = 32, rank: int = 0, world: int = 1,
+) -> dict[str, dict]:
+    """`questions` of each family in every setting: {name: {accuracy, n, local_tokens}}.
+
+    `local_tokens` is the mean number of local tokens that the language model saw. `parts` "global"
+    restricts every setting to the global view, for a model whose compression is not trained yet.
+    Of `world` processes each answers every world-th batch; all get the same results.
+    """
+    model.eval()
+    device = model.device
+    counts = {name: [0, 0] for name in SETTINGS}  # right answers, local tokens
+    starts = [(family, start) for family in ("global", "detail")
+              for start in range(0, questions, batch_size)]
+    # The random tokens have a seed per batch; the training's own stream goes on as if not used.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for family, start in tqdm(starts[rank::world], desc="held-out questions", unit="batch",
+                                  leave=False, disable=rank > 0):
+            torch.manual_seed(start)
+            records = [held_out(family, index, across_seams)
+                       for index in range(start, min(start + batch_size, questions))]
+            samples = [load_sample(record, None, "chat", model.processor) for record in records]
+            add_batch(counts, model, Batch.pack(samples).to(device), family, parts)
+    if world > 1:
+        sums = iter(reduce([n for pair in counts.values() for n in pair], torch.device("cpu")))
+        counts = {name: (next(sums), next(sums)) for name in counts}
+    return {name: {"accuracy": right / questions, "n": questions,
+                   "local_tokens": round(tokens / questions, 1)}
+            for name, (right, tokens) in counts.items()}
+
+
+def add_batch(counts: dict[str, list], model: SliME, batch: Batch, family: str, parts: str) -> None:
+    """Adds right answers and local tokens of one batch to every setting of its family."""
+    features, done = model.encode(batch), {}
+    for name, (asks, shown, gamma, random_tokens) in SETTINGS.items():
+        if asks != family:
+            continue
+        shown = shown if parts == "both" else parts
+        # Without local tokens there is no router, so neither gamma nor chance plays a part.
+        setting = (shown, gamma, random_tokens) if shown == "both" else (shown,)
+        if setting not in done:
+            views, crops = features
+            seen = (views, crops if shown == "both" else crops[:0])
+            visual = model.see(batch, shown, gamma, random_tokens, seen)
+            right = exact_match(batch, model(batch, visual=visual).logits)
+            done[setting] = sum(right), sum(int(keep.sum()) for keep in visual.keep)
+        for place, value in enumerate(done[setting]):
+            counts[name][place] += value
+
+
+def table(results: dict[str, dict]) -> str:
+    """The results as lines of text."""
+    return watch.table(["held-out questions", "exact match", "n", "local tokens"],
+                       [[name, f"{100 * row['accuracy']:.1f} %", row["n"], row["local_tokens"]]
+                        for name, row in results.items()])
