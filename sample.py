@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from sliming.config import COUNT, SEED, number
+from sliming.config import COUNT, SEED, Parser, number
 
 
 def main() -> None:
@@ -111,7 +111,7 @@ def newest_checkpoint(out: Path) -> Path:
 
 
 def read_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
+    parser = Parser(prog="sample.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add, share = parser.add_argument, number(float, 0, 1, above=True)
     add("--image", nargs="+", action="extend", default=[], metavar="FILE",

@@ -209,8 +209,8 @@ class PackedCache(DynamicCache):
         self.new, self.lengths = new, [old + more for old, more in zip(before, new, strict=True)]
         return before, self.lengths
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int,
-               *_) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_,
+               **__) -> tuple[Tensor, Tensor]:
         new = [states.split(self.new, 2) for states in (key_states, value_states)]
         old = self.kept.get(layer_idx)
         if old is not None:

@@ -6,7 +6,10 @@ Nothing here needs torch, so that a wrong flag is named at once.
 
 import argparse
 import math
+import re
+import sys
 from dataclasses import dataclass, field, fields, replace
+from typing import NoReturn
 
 # ---------------------------------------------------------------------------------------- the model
 
@@ -219,8 +222,7 @@ class TrainConfig:
     @classmethod
     def from_flags(cls, description: str, words: list[str] | None = None) -> "TrainConfig":
         """Reads the command line; a wrong flag ends the program with one line."""
-        parser = argparse.ArgumentParser(prog="train.py", description=description,
-                                         formatter_class=Help, allow_abbrev=False)
+        parser = Parser(prog="train.py", description=description, formatter_class=Help)
         for f in fields(cls):
             options = {"help": f.metadata["help"], "default": f.default, "dest": f.name}
             if "bool" in str(f.type):
@@ -229,6 +231,8 @@ class TrainConfig:
                 options |= {"type": f.metadata["read"], "choices": f.metadata["choices"]}
                 options |= {"nargs": "+"} if "list" in str(f.type) else {}
             parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
+        words = sys.argv[1:] if words is None else words
+        words = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in words]
         config = cls(**vars(parser.parse_args(words)))
         if config.stage == "all" and config.init_from:
             parser.error("--init-from says where one stage starts: name the stage with --stage")
@@ -237,3 +241,13 @@ class TrainConfig:
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """--help with a program's docstring as it stands, and every flag's default."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags are written out, and a wrong one gets one line."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")

@@ -65,7 +65,7 @@ class Answering:
         for _ in range(max_new_tokens):
             positions = torch.arange(position, position + len(inputs), device=inputs.device)
             hidden = self.llm.get_decoder()(
-                inputs_embeds=inputs[None], position_ids=positions[None], past_key_values=cache,
+                inputs_embeds=inputs[None], position_ids=positions[None], cache=cache,
                 use_cache=True).last_hidden_state                              # [1, T, D]
             logits = self.llm.get_output_embeddings()(hidden[0, -1]).float()   # [C]
             token = int(sample_token(logits, temperature, top_p, generator))
@@ -88,7 +88,7 @@ class Answering:
             positions = torch.cat([torch.arange(*span) for span in zip(starts, ends, strict=True)])
             hidden = self.llm.get_decoder()(
                 inputs_embeds=inputs[None], position_ids=positions[None].to(inputs.device),
-                past_key_values=cache, segments=lengths, key_segments=ends,
+                cache=cache, segments=lengths, key_segments=ends,
                 use_cache=True).last_hidden_state[0]                           # [T, D]
             last = torch.tensor(lengths, device=inputs.device).cumsum(0) - 1   # [running]
             logits = self.llm.get_output_embeddings()(hidden[last])            # [running, C]

@@ -9,10 +9,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sliming import data
-from sliming.data import (RecordError, RecordFile, Steps, blank_sample, check_record, load_sample, open_mixture,
-                          token_count)
-from sliming.model import Batch
+from sliming.config import STAGES, Recipe
+from sliming.data import RecordFile, Steps, check_record, load_sample, open_mixture
+from sliming.inputs import Batch
 from sliming.images import open_image
+from sliming.records import RecordError
 from sliming.tiny.pictures import TrainingSet
 
 
@@ -40,7 +41,7 @@ def test_files_of_both_kinds(tmp_path, indent, ascii_only, monkeypatch):
     lines = "\n\n".join(json.dumps(r, ensure_ascii=ascii_only) for r in records)
     (tmp_path / "a.jsonl").write_text(lines + "\n", encoding="utf-8")
     for chunk in (7, 1000, 1 << 20):
-        monkeypatch.setattr("sliming.data.CHUNK", chunk)
+        monkeypatch.setattr("sliming.records.CHUNK", chunk)
         for name in ("a.json", "a.jsonl"):
             (tmp_path / f"{name}.index.npy").unlink(missing_ok=True)
             file = RecordFile(tmp_path / name)
@@ -78,9 +79,9 @@ def test_an_index_elsewhere_where_the_folder_is_read_only(tmp_path, monkeypatch)
 @pytest.mark.parametrize("name, text, message", [
     ("a.json", '[{"id": 1},\n{"id": }]', "line 2: broken JSON"),
     ("a.json", '[{"id": 1},\n{"id": 2}', "line 2: broken JSON"),
-    ("a.json", '[{"id": 1}\n\n{"id": 2}]', "line 3: broken JSON .expected , or ]"),
+    ("a.json", '[{"id": 1}\n\n{"id": 2}]', "line 3: broken JSON .expected ,"),
     ("a.json", '[record]', "line 1: broken JSON"),
-    ("a.json", '[{"id": 1}, {"id": 2}, ', "broken JSON .expected a record"),
+    ("a.json", '[{"id": 1}, {"id": 2}, ', "broken JSON .Expecting value"),
     ("a.json", "[]", "no records"),
     ("a.jsonl", "", "no records"),
 ])
@@ -161,10 +162,10 @@ def test_images_missing_broken_outside_and_of_wrong_type(model, tmp_path):
     for image, message in (("a.png", "unreadable image"), ("b.png", "no such image"), ("../fine.png", "lies outside"),
                            (str(tmp_path / "fine.png"), "lies outside"), (7, "must be a path, not int")):
         with pytest.raises(RecordError, match=f"record r1: .*{message}") as error:
-            load_sample(record(image=image), folder, "chat", model)
+            load_sample(record(image=image), folder, "chat", model.processor)
         assert one_line(error)
-    assert len(load_sample(record(image="fine.png"), tmp_path, "chat", model).images) == 1
-    words = load_sample(record(image=[], conversations=[human, gpt]), tmp_path, "chat", model)
+    assert len(load_sample(record(image="fine.png"), tmp_path, "chat", model.processor).images) == 1
+    words = load_sample(record(image=[], conversations=[human, gpt]), tmp_path, "chat", model.processor)
     assert words.images == []
 
 
@@ -180,11 +181,11 @@ def test_too_long_samples_lose_crops_and_never_words(model, tmp_path, monkeypatc
     monkeypatch.setattr(data, "open_image", lambda path: reads.append(path) or open_image(path))
     counts = []
     for limit in (None, 330, 280):
-        sample = load_sample(long, tmp_path, "chat", model, max_tokens=limit)
+        sample = load_sample(long, tmp_path, "chat", model.processor, max_tokens=limit)
         grids = [image.grid for image in sample.images]
         assert [len(image.crops) for image in sample.images] == [columns * rows for columns, rows in grids]
         assert grids[1] == (2, 1)
-        counts.append(token_count(sample.text, grids, model, "both"))
+        counts.append(model.processor.token_count(sample.text, grids, "both"))
         batch = Batch.pack([sample])
         assert len(model.embed(batch, model.see(batch, gamma=1.0))[0]) == counts[-1]  # what the language model reads
         if limit is None:
@@ -192,18 +193,19 @@ def test_too_long_samples_lose_crops_and_never_words(model, tmp_path, monkeypatc
         assert sample.text == text
     assert counts[0] > 330 >= counts[1] > 280 >= counts[2] and len(reads) == 6
     with pytest.raises(RecordError, match="record r1: .* tokens with the fewest crops, the limit is 100; shorten"):
-        load_sample(long, tmp_path, "chat", model, max_tokens=100)
+        load_sample(long, tmp_path, "chat", model.processor, max_tokens=100)
 
 
-def steps(model, **changes):
-    return Steps(**{"records": TrainingSet(3), "folder": None, "template": "chat", "parts": "both", "model": model,
-                    "batch_size": 6, "steps": 4, **changes})
+def steps(model, batch_size=6, token_budget=None, micro_batch=None, **changes):
+    recipe = Recipe(batch_size, 0.0, token_budget=token_budget, micro_batch=micro_batch)
+    return Steps(**{"records": TrainingSet(3), "processor": model.processor, "parts": "both", "template": "chat",
+                    "recipe": recipe, "steps": 4, **changes})
 
 
 def rows(share):
     """The samples of a share in one order: ids, pixels and noise of each."""
     return sorted((ids.tolist(), noise.flatten().tolist()[:3]) for batch in share.batches
-                  for ids, noise in zip(batch.input_ids.split(batch.lengths), batch.gate_noise))
+                  for ids, noise in zip(batch.words.split(batch.lengths), batch.gate_noise))
 
 
 def test_ranks_share_each_step_and_workers_do_not_matter(model):
@@ -215,8 +217,8 @@ def test_ranks_share_each_step_and_workers_do_not_matter(model):
     for workers in (0, 2):
         loader = DataLoader(steps(model), batch_size=None, num_workers=workers)
         for share, reference in zip(loader, whole, strict=True):
-            assert torch.equal(share.batches[0].input_ids, reference.batches[0].input_ids)
-            assert torch.equal(share.batches[0].views, reference.batches[0].views) and share.skipped == []
+            assert torch.equal(share.batches[0].words, reference.batches[0].words)
+            assert torch.equal(share.batches[0].crops, reference.batches[0].crops) and share.skipped == []
     assert rows(steps(model, first=2)[0]) == rows(whole[2])  # going on from a step
 
 
@@ -239,7 +241,7 @@ def test_micro_batches(model):
         if "micro_batch" in options:
             assert [len(batch.lengths) for batch in share.batches] == [4, 2]
         for batch in share.batches:
-            tokens = sum(batch.lengths) - len(batch.grids) + len(batch.grids) * 65 + 16 * sum(c * r for c, r in batch.grids)
+            tokens = sum(batch.lengths) + len(batch.grids) * 65 + 16 * sum(c * r for c, r in batch.grids)
             assert len(batch.lengths) == 1 or tokens <= options.get("token_budget", 10_000)
 
 
@@ -251,7 +253,7 @@ def test_with_several_ranks_every_micro_batch_has_an_image(model, tmp_path):
     (alone,) = steps(model, **{**options, "batch_size": 1})[0].batches
     assert len(batch.grids) == 1 and len(alone.grids) == 0
     assert model(batch).loss.item() == pytest.approx(model(alone).loss.item(), abs=1e-6)
-    blank = blank_sample(model, learned=True)
+    blank = model.processor.blank(learned=True)
     assert sum(label >= 0 for label in blank.text.labels) == 1
 
 

@@ -263,14 +263,14 @@ def test_batched_answers_are_those_one_by_one(model, tmp_path):
     images = [picture(None, size, seed) for seed, size in enumerate(sizes)]
     conversations = [("<image>\nWhat number is it?", images[:1]), ("<image>\nWhich colour is the square?", images[1:2]),
                      ("<image>\n<image>\nAny circle?", images[1:]), ("Words only", [])]
-    samples = [model.prompt([{"from": "human", "value": text}], [io.BytesIO(image) for image in some])
+    samples = [model.processor.prompt([{"from": "human", "value": text}], [io.BytesIO(image) for image in some])
                for text, some in conversations]
 
     logits: list[torch.Tensor] = []
     model.llm.get_output_embeddings().register_forward_hook(lambda module, inputs, output: logits.append(output))
 
     def one_by_one() -> list[str]:
-        return [model.tokenizer.decode(list(model.generate(sample, max_new_tokens=7))).strip() for sample in samples]
+        return [model.processor.tokenizer.decode(list(model.generate(sample, max_new_tokens=7))).strip() for sample in samples]
 
     before = model.llm.config._attn_implementation
     alone = one_by_one()
@@ -285,7 +285,7 @@ def test_batched_answers_are_those_one_by_one(model, tmp_path):
     for step, rows in enumerate(together):
         running = [index for index in running if step < len(steps[index])]
         torch.testing.assert_close(rows, torch.stack([steps[index][step] for index in running]), atol=2e-4, rtol=2e-4)
-    assert answer_batch(model, samples[:1], 1) == [model.tokenizer.decode(next(model.generate(samples[0]))).strip()]
+    assert answer_batch(model, samples[:1], 1) == [model.processor.tokenizer.decode(next(model.generate(samples[0]))).strip()]
     longest = max((list(model.generate(sample, max_new_tokens=7)) for sample in samples), key=len)
     model.end_ids.add(longest[len(longest) // 2])  # another end, so that answers stop at different steps
     assert one_by_one() != alone and answer_batch(model, samples, 7) == one_by_one()

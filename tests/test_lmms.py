@@ -141,8 +141,8 @@ def test_generation_options(plugin, rows):
 def test_markers_in_the_context_place_the_images(plugin):
     image = Image.new("RGB", (50, 40))
     inside, before = plugin.sample("Here: <image> What?", [image]), plugin.sample("What?", [image])
-    assert inside.text.ids == plugin.model.prompt([{"from": "human", "value": "Here: <image> What?"}], [image]).text.ids
-    assert before.text.ids == plugin.model.prompt([{"from": "human", "value": "<image>\nWhat?"}], [image]).text.ids
+    assert inside.text.ids == plugin.model.processor.prompt([{"from": "human", "value": "Here: <image> What?"}], [image]).text.ids
+    assert before.text.ids == plugin.model.processor.prompt([{"from": "human", "value": "<image>\nWhat?"}], [image]).text.ids
     assert plugin.sample("<image>\nWhat?", [image, image]).text.ids.count(-200) == 2
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sliming.tiny.pictures import held_out
+from sliming.tiny.held_out import held_out
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -40,7 +40,8 @@ def run(*arguments, typed="", cwd=ROOT):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """out/stage1 with an untrained checkpoint, and a picture."""
-    from sliming.trainer import TrainConfig, initial_model
+    from sliming.config import TrainConfig
+    from sliming.trainer import initial_model
     folder = tmp_path_factory.mktemp("sample")
     initial_model(TrainConfig(), 1).save_pretrained(folder / "out" / "stage1")
     held_out("detail", 0)["image"].save(folder / "picture.png")
@@ -83,7 +84,7 @@ def test_a_file_of_questions_goes_on_where_it_was(folder):
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions[:2])) + "\n{broken\n")
     flags = ["--batch", "questions.jsonl", "--answers", "answers.jsonl", "--max-new-tokens", 2]
     done = run(*flags, cwd=folder)
-    assert done.returncode != 0 and "questions.jsonl, line 3: no question" in done.stderr.splitlines()[-1]
+    assert done.returncode != 0 and "questions.jsonl, line 3: broken JSON" in done.stderr.splitlines()[-1]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     assert run(*flags, cwd=folder).returncode == 0
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
@@ -95,8 +96,8 @@ def test_a_file_of_questions_goes_on_where_it_was(folder):
     (["--image", "text.png", "--prompt", "?"], "text.png: unreadable image"),
     (["--out", "nothing", "--prompt", "?"], "no checkpoint in nothing/; make one with: python train.py"),
     (["--checkpoint", "nothing/here/x", "--prompt", "?"], "no such checkpoint folder"),
-    (["--gamma", "0", "--prompt", "?"], "--gamma must lie in"),
-    (["--temperature", "-1", "--prompt", "?"], "--temperature must be"),
+    (["--gamma", "0", "--prompt", "?"], "--gamma: must be a number above 0 and at most 1, not '0'"),
+    (["--temperature", "-1", "--prompt", "?"], "--temperature: must be a number of at least 0"),
     (["--explain", "x.png", "--prompt", "?"], "--explain needs an --image"),
     (["--batch", "q.jsonl", "--prompt", "?"], "--batch brings its own images and questions"),
     (["--attention", "triton", "--prompt", "?"], "attention 'triton' cannot run here: it needs a CUDA device"),

@@ -19,7 +19,7 @@ from sliming.model import SliME
 from sliming.smr.build import Excluded, Look, build, conclude, jumbled, lengths, look_at, plain, quantile, stands_in, table, unrelated
 from sliming.smr.sources import SOURCES, Candidate, Selection, SourceError, check_folder, stream_json
 from sliming.tiny.pictures import DETAIL_PROMPTS
-from sliming.trainer import PRESETS
+from sliming.config import PRESETS
 
 
 def draw(path: Path, seed: int = 0, size: tuple[int, int] = (90, 70)) -> Path:

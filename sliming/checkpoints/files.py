@@ -186,11 +186,11 @@ def fill(own: dict[str, Tensor], tensors: Tensors, source: Path | str,
             continue
         if own[name].shape != tensor.shape:
             raise CheckpointError(f"{source}: {called([name])[0]} has shape {list(tensor.shape)}, "
-                                  f"the model {list(own[name].shape)}")
+                                  f"the config asks for {list(own[name].shape)}")
         own[name].copy_(tensor)
         found.add(name)
     missing = [name for name in own if name not in found and not name.startswith(optional)]
-    for what, names in (("has unknown", unknown), ("lacks", called(missing))):
+    for what, names in (("has unknown", called(unknown)), ("lacks", called(missing))):
         if names:
             some = ", ".join(sorted(names)[:8]) + (" ..." if len(names) > 8 else "")
             raise CheckpointError(f"{source}: the checkpoint {what} {len(names)} tensors: {some}")

@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from sliming.config import SEED
+from sliming.config import SEED, Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sliming.tiny", allow_abbrev=False,
+    parser = Parser(prog="python -m sliming.tiny",
                                      description="The tiny preset's pictures and stand-ins.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--picture", type=Path, metavar="FILE",

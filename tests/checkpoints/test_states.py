@@ -19,8 +19,8 @@ from flows import ROOT, losses, run_train, stop_after
 import train
 from sliming.checkpoints.states import States
 from sliming.model import SliME
-from sliming.config import PRESETS
-from sliming.trainer import TrainConfig, train_stage
+from sliming.config import PRESETS, TrainConfig
+from sliming.trainer import train_stage
 from sliming.watch import cut_metrics
 
 STEPS = 40
@@ -153,7 +153,7 @@ def test_stages_that_are_done_stay_done(tmp_path, monkeypatch):
         trained.append(stage)
         return train_stage(config, stage, device)
 
-    monkeypatch.setattr(train, "train_stage", stop)
+    monkeypatch.setattr("sliming.trainer.train_stage", stop)
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path), "--max-steps", "2", "--batch_size", "2",
                                       "--eval-questions", "0"])
     for stopped, expected in ((2, [1]), (3, [1, 2]), (None, [2, 3])):  # the stage before is found to be done, at its last step

@@ -79,7 +79,7 @@ def test_the_readme_commands_on_two_ranks(folder, tmp_path):
 def test_bfloat16_is_close_to_float32_on_one_process(folder, tmp_path):
     common = ["--stage", 1, "--preset", "vicuna-7b", "--vision", folder / "clip", "--llm", folder / "llm", "--data",
               folder / "data.json", "--images", folder, "--batch_size", 4, "--max-steps", 4, "--shard", "none"]
-    done = run_train([*common, "--out", tmp_path / "half"], [*common, "--out", tmp_path / "full", "--bf16", "false"])
+    done = run_train([*common, "--out", tmp_path / "half"], [*common, "--out", tmp_path / "full", "--no-bf16"])
     assert done.returncode == 0, done.stderr[-3000:]
     half, full = (torch.tensor(losses(tmp_path / name / "stage1")) for name in ("half", "full"))
     assert not torch.equal(half, full)

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from sliming.checkpoints import released as official
 from sliming.chat import IGNORE, IMAGE_TOKEN, Encoded
-from sliming.model import Batch, CheckpointError, Sample, SliME, download
+from sliming.checkpoints.files import CheckpointError, download
+from sliming.inputs import Batch, Sample
+from sliming.model import SliME
 from sliming.router import relevance
 
 
@@ -24,7 +26,7 @@ def recorded():
 
 
 def sample(model, ids, labels, image):
-    return Sample(Encoded(ids, labels, []), [model.slice(reference_folder("golden") / image)])
+    return Sample(Encoded(ids, labels, []), [model.processor.slice(reference_folder("golden") / image)])
 
 
 def close(got, expected, atol, what):
@@ -40,15 +42,12 @@ def hidden_and_logits(model, batch, visual):
 
 def router_text(model, batch):
     """What the released router reads: every token that is no image, as embeddings, per sample."""
-    words = model.llm.get_input_embeddings()(batch.input_ids.clamp(min=0))
-    return [rows[ids != IMAGE_TOKEN] for rows, ids in
-            zip(words.split(batch.lengths), batch.input_ids.split(batch.lengths))]
+    return model.llm.get_input_embeddings()(batch.words).split(batch.lengths)
 
 
 def scores(model, batch, visual, image):
     """Similarities of one image's local tokens with its sample's text, one image per sample."""
-    text, local = router_text(model, batch)[image], visual.local.split(visual.local_lengths)[image]
-    return relevance(local, torch.zeros(len(local), dtype=torch.long), text, [len(text)], model.config.router_score)
+    return relevance(visual.local[image], router_text(model, batch)[image], model.config.router_score)
 
 
 @pytest.mark.reference
@@ -63,7 +62,7 @@ def test_answers_to_prompts():
         one = sample(model, ids, [IGNORE] * len(ids), record["image"])
         assert list(one.images[0].grid) == record["grid_cols_rows"]
         batch = Batch.pack([one])
-        features = model.vision(batch.views)
+        features = torch.cat(model.encode(batch))
         compressed = model.compression(features[1:])
         former = model.adapter.query_former(features[:1])
         parts = {"vision": features, "vision_stride8": features[:, ::8], "post_qformer": compressed,
@@ -78,7 +77,7 @@ def test_answers_to_prompts():
         sums = [gates.double().sum(1).mean() for gates in (visual.gates[0], tensors["gates"])]
         assert abs(sums[0] - sums[1]) < 2e-7, f"{name}: sum of the gates"
         close(visual.whole[0], tensors["global_features"], 5e-5, f"{name}: global")
-        close(visual.local, tensors["local_spatial"], 5e-5, f"{name}: local")
+        close(visual.local[0], tensors["local_spatial"], 5e-5, f"{name}: local")
         (text,) = router_text(model, batch)
         assert torch.equal(text, tensors["text_embedding"][tensors["text_mask"].bool()]), f"{name}: text of the router"
         similarity = scores(model, batch, visual, 0)
@@ -87,7 +86,7 @@ def test_answers_to_prompts():
         for gamma, run in record["runs"].items():
             visual = model.see(batch, gamma=float(gamma))
             key = f"topp{gamma}"
-            assert torch.equal(visual.keep.nonzero()[:, 0], tensors[f"{key}/indices"]), f"{name} {gamma}: indices"
+            assert torch.equal(visual.keep[0].nonzero()[:, 0], tensors[f"{key}/indices"]), f"{name} {gamma}: indices"
             (embeddings,), (logits,), _ = hidden_and_logits(model, batch, visual)
             if f"{key}/inputs_embeds" in tensors:
                 close(embeddings, tensors[f"{key}/inputs_embeds"], 5e-5, f"{name} {gamma}: embeddings")
@@ -131,8 +130,7 @@ def compare_rows(tensors, prefix, embeddings, labels, visual):
             if key in tensors:
                 close(embeddings[row][::stride], tensors[key][row][mask[::stride]], 5e-5, f"{key} {row}")
         if f"{prefix}/indices{row}" in tensors:
-            keep = visual.keep.split(visual.local_lengths)[row]
-            assert torch.equal(keep.nonzero()[:, 0], tensors[f"{prefix}/indices{row}"]), f"{prefix} {row}: indices"
+            assert torch.equal(visual.keep[row].nonzero()[:, 0], tensors[f"{prefix}/indices{row}"]), f"{prefix} {row}: indices"
 
 
 @pytest.mark.reference
@@ -142,7 +140,7 @@ def test_a_batch():
     batch, tensors = recorded_batch(model, folder, meta)
     for gamma, run in meta["batch"]["runs"].items():
         visual = model.see(batch, gamma=float(gamma))
-        for row, local in enumerate(visual.local.split(visual.local_lengths)):
+        for row, local in enumerate(visual.local):
             close(visual.whole[row], tensors[f"global_features{row}"], 5e-5, f"row {row}: global")
             close(local, tensors[f"local_spatial{row}"], 5e-5, f"row {row}: local")
             close(scores(model, batch, visual, row), tensors[f"similarity{row}"], 2e-5, f"row {row}: similarity")
@@ -174,7 +172,7 @@ def test_training_stages(stage):
         visual = model.see(batch, parts=parts, gamma=flags["golden_topp"])
         output = model(batch, parts=parts, visual=visual)
         output.loss.backward()
-        gradients = official.released_names({name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients = official.packed({name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                                              for name, parameter in model.named_parameters()})
     finally:
         model.adapter.expert = None
@@ -282,7 +280,7 @@ def test_the_tower_comes_from_where_the_config_says(model, released):
     one = next(name for name in weights if "vision_tower" in name)
     save_file({name: tensor for name, tensor in weights.items() if name != one}, released / "model.safetensors",
               {"format": "pt"})
-    with pytest.raises(CheckpointError, match="only a part of the vision tower"):
+    with pytest.raises(CheckpointError, match="lacks 1 tensors: model.vision_tower.vision_tower.vision_model."):
         SliME.from_pretrained(released)
 
 
@@ -295,7 +293,7 @@ def lora_folder(model, released, tmp_path):
     save_file({name: tensor for name, tensor in weights.items()
                if name.startswith(("model.layers", "model.norm", "model.embed", "lm_head"))}, base / "model.safetensors",
               {"format": "pt"})
-    model.tokenizer.save_pretrained(base)
+    model.processor.tokenizer.save_pretrained(base)
     torch.manual_seed(1)
     adapters, expected = {}, dict(weights)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"):
@@ -315,7 +313,7 @@ def lora_folder(model, released, tmp_path):
 
 def test_lora_is_merged_and_positions_are_computed(model, released, tmp_path):
     lora, expected = lora_folder(model, released, tmp_path)
-    got = official.released_names(SliME.from_pretrained(lora).tensors())
+    got = official.packed(SliME.from_pretrained(lora).tensors())
     for name, tensor in got.items():
         if name.endswith("pos_embed"):
             assert torch.equal(tensor, expected[name].half().float()), name
@@ -343,13 +341,13 @@ def test_stage_files(model, released, tmp_path):
     torch.save({name: t for name, t in weights.items() if "sampler" in name}, tmp_path / "sampler.bin")
     fresh = SliME.from_backbones(model.config)
     assert not equal(fresh, model)
-    official.load_stage_files(fresh, tmp_path)
+    official.fill_stage_files(fresh, tmp_path)
     assert equal(fresh, model)
     torch.save({"model.sampler.odd": torch.zeros(1)}, tmp_path / "sampler.bin")
-    with pytest.raises(CheckpointError, match="sampler.bin has unknown 1 tensors: model.sampler.odd"):
-        official.load_stage_files(fresh, tmp_path)
+    with pytest.raises(CheckpointError, match="sampler.bin: the checkpoint has unknown 1 tensors: model.sampler.odd"):
+        official.fill_stage_files(fresh, tmp_path)
     with pytest.raises(CheckpointError, match="no mm_projector.bin"):
-        official.load_stage_files(fresh, released)
+        official.fill_stage_files(fresh, released)
 
 
 def test_unknown_and_missing_tensors_are_named(released):
@@ -412,7 +410,7 @@ def test_the_hub_is_asked_for_weights_once(tmp_path, monkeypatch):
         asked.append("*.bin" in allow_patterns)
         return str(tmp_path)
 
-    monkeypatch.setattr("sliming.model.snapshot_download", snapshot_download)
+    monkeypatch.setattr("sliming.checkpoints.files.snapshot_download", snapshot_download)
     for file, with_bin in (("config.json", True), ("model.safetensors", False), ("adapter_config.json", True)):
         (tmp_path / file).write_text("")
         asked.clear()
@@ -421,7 +419,7 @@ def test_the_hub_is_asked_for_weights_once(tmp_path, monkeypatch):
 
 def test_the_hub_cannot_be_reached(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("sliming.model.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no\nnet")))
+    monkeypatch.setattr("sliming.checkpoints.files.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no\nnet")))
     with pytest.raises(FileNotFoundError, match="someone/something: neither a folder nor to be had from the hub [(]no[)]"):
         SliME.from_pretrained("someone/something")
 
@@ -445,6 +443,6 @@ def test_adapters_may_stay_in_float32(released):
 @pytest.mark.reference
 def test_ids_alone_need_no_tokenizer():
     model, _, _ = recorded()
-    assert model.tokenizer is None and IMAGE_TOKEN < 0
+    assert model.processor.tokenizer is None and IMAGE_TOKEN < 0
     with pytest.raises(ValueError, match="came without tokenizer files"):
-        model.prompt([{"from": "human", "value": "hello"}], [])
+        model.processor.prompt([{"from": "human", "value": "hello"}], [])
