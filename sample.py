@@ -12,7 +12,6 @@ The checkpoint is the newest one in out/ unless --checkpoint names a folder or a
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,50 +19,53 @@ from sliming.config import COUNT, SEED, Parser, number
 
 
 def main() -> None:
-    arguments = read_flags()
+    flags = read_flags()
     # torch is loaded when the flags are known to be right.
     import torch
 
+    from sliming.checkpoints.files import newest
     from sliming.distributed import choose_dtype, rank_device
+    from sliming.generate import answer_file
     from sliming.images import open_image
     from sliming.model import SliME
     device = rank_device()
-    torch.manual_seed(arguments.seed)
+    torch.manual_seed(flags.seed)
+    options = {"gamma": flags.gamma, "max_new_tokens": flags.max_new_tokens,
+               "temperature": flags.temperature, "top_p": flags.top_p}
     try:
-        images = [open_image(path) for path in arguments.image]
-        checkpoint = arguments.checkpoint or newest_checkpoint(arguments.out)
-        model = SliME.from_pretrained(checkpoint, dtype=choose_dtype(arguments.dtype, device))
-        model.to(device).use_attention(arguments.attention)
-        if arguments.batch:
-            answer_file(model, arguments)
+        images = [open_image(path) for path in flags.image]
+        model = SliME.from_pretrained(flags.checkpoint or newest(flags.out),
+                                      dtype=choose_dtype(flags.dtype, device)).to(device)
+        model.use_attention(flags.attention)
+        if flags.batch:
+            answer_file(model, flags.batch, flags.images, flags.answers, flags.batch_size,
+                        **options)
         else:
-            converse(model, images, arguments)
+            converse(model, images, flags, options)
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
 
 
-def converse(model, images: list, arguments: argparse.Namespace) -> None:
-    """Answers --prompt or, without it, line after line from the keyboard."""
+def converse(model, images: list, flags: argparse.Namespace, options: dict) -> None:
+    """Answers --prompt or, without it, line after line from the keyboard; an empty one ends it."""
     from sliming.generate import Conversation
-    conversation = Conversation(model, images, gamma=arguments.gamma,
-                                max_new_tokens=arguments.max_new_tokens,
-                                temperature=arguments.temperature, top_p=arguments.top_p)
-    while question := arguments.prompt or read_question():
+    conversation = Conversation(model, images, **options)
+    while question := flags.prompt or read_line():
         answer, first = "", conversation.first is None
         for piece in conversation.ask(question):
             print(piece if answer else piece.lstrip(), end="", flush=True)
             answer += piece
         print()
-        if arguments.explain and first:
+        if flags.explain and first:
             from sliming.explain import explain
-            explain(model, conversation.first, arguments.gamma, answer.strip(), arguments.explain)
-            print(f"wrote {arguments.explain}", file=sys.stderr)
-        if arguments.prompt:
+            explain(model, conversation.first, flags.gamma, answer.strip(), flags.explain)
+            print(f"wrote {flags.explain}", file=sys.stderr)
+        if flags.prompt:
             break
 
 
-def read_question() -> str:
-    """One line from the keyboard; empty at the end of input, too."""
+def read_line() -> str:
+    """A line from the keyboard; empty at the end of input, too."""
     try:
         return input("> ").strip()
     except EOFError:
@@ -71,48 +73,9 @@ def read_question() -> str:
         return ""
 
 
-def answer_file(model, arguments: argparse.Namespace) -> None:
-    """Answers every question of --batch that --answers does not hold yet, appending as they come.
-
-    RecordError, with file and line, for a line that is no question and for an image that cannot be
-    read; what is answered stays.
-    """
-    from tqdm import tqdm
-
-    from sliming.chat import without_markers
-    from sliming.records import RecordError, inside, lines, resume
-    done = {json.dumps(row.get("question_id")) for row in resume(arguments.answers)}
-    with open(arguments.answers, "a", encoding="utf-8") as out:
-        for number, record in tqdm(list(lines(arguments.batch)), desc="questions", unit="question"):
-            try:
-                name, text, image = record["question_id"], record["text"], record.get("image") or []
-                text = without_markers(text).strip()
-            except (KeyError, TypeError, AttributeError) as error:
-                raise RecordError(f"{arguments.batch}, line {number}: no question with question_id "
-                                  f"and text ({error!r})") from error
-            if json.dumps(name) in done:
-                continue
-            paths = image if isinstance(image, list) else [image]
-            reply = model.answer([inside(arguments.images, path) for path in paths], text,
-                                 gamma=arguments.gamma, max_new_tokens=arguments.max_new_tokens,
-                                 temperature=arguments.temperature, top_p=arguments.top_p)
-            row = {"question_id": name, "prompt": text, "text": reply}
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
-            out.flush()
-
-
-def newest_checkpoint(out: Path) -> Path:
-    """The checkpoint folder in `out` that was written last; FileNotFoundError with the command that
-    makes one."""
-    found = [path.parent for path in out.glob("*/config.json")]
-    if not found:
-        raise FileNotFoundError(f"no checkpoint in {out}/; make one with: python train.py")
-    return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime)
-
-
 def read_flags() -> argparse.Namespace:
     parser = Parser(prog="sample.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add, share = parser.add_argument, number(float, 0, 1, above=True)
     add("--image", nargs="+", action="extend", default=[], metavar="FILE",
         help="image(s) to ask about, also given several times; none: words only")
@@ -120,6 +83,7 @@ def read_flags() -> argparse.Namespace:
     add("--batch", type=Path, metavar="JSONL", help="questions, instead of --image and --prompt")
     add("--images", type=Path, default=".", help="folder that the images of --batch lie in")
     add("--answers", type=Path, default="answers.jsonl", help="where the answers to --batch go")
+    add("--batch-size", type=COUNT, default=16, help="questions answered at once (default: 16)")
     add("--checkpoint", help="folder or hub id (default: the newest in --out)")
     add("--out", type=Path, default="out", help="folder that train.py wrote (default: out)")
     add("--explain", type=Path, metavar="PNG", help="draw what the model looked at for the "
@@ -134,12 +98,12 @@ def read_flags() -> argparse.Namespace:
         help="of weights and computation (default: bfloat16 on a GPU, float32 elsewhere)")
     add("--attention", choices=("auto", "sdpa", "triton"), default="auto",
         help="how the query formers attend")
-    arguments = parser.parse_args()
-    if arguments.explain and not arguments.image:
+    flags = parser.parse_args()
+    if flags.explain and not flags.image:
         parser.error("--explain needs an --image")
-    if arguments.batch and (arguments.image or arguments.prompt):
+    if flags.batch and (flags.image or flags.prompt):
         parser.error("--batch brings its own images and questions: leave --image and --prompt away")
-    return arguments
+    return flags
 
 
 if __name__ == "__main__":

@@ -87,6 +87,19 @@ class Recipe:
     token_budget: int | None = None  # of a micro-batch on one device, before routing
     micro_batch: int | None = None   # records of a micro-batch, at most
 
+    def check(self, world: int, joined: bool) -> None:
+        """ValueError where the recipe does not fit `world` processes, `joined` by torchrun or not."""
+        if self.batch_size % world:
+            fits = self.batch_size // world * world or world
+            raise ValueError(f"a global batch of {self.batch_size} records cannot be shared evenly "
+                             f"by {world} processes: use --batch-size {fits} or another number of "
+                             "processes")
+        if self.shard not in SHARDING:
+            raise ValueError(f"--shard {self.shard}: choose one of {', '.join(SHARDING)}")
+        if self.shard != "none" and not joined:
+            raise ValueError(f"--shard {self.shard}: start with torchrun, sharding needs its "
+                             "process group")
+
 
 @dataclass(frozen=True)
 class Preset:

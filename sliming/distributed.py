@@ -4,6 +4,7 @@ Everything here also works in a single process without torchrun.
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -80,14 +81,19 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
         parameter.grad = part.view_as(parameter)
 
 
-def shard(units: list[nn.Module], how: str, bf16: bool, device: torch.device) -> None:
-    """Divides parameters, gradients and optimizer state among the ranks (FSDP2).
+def place(units: list[nn.Module], how: str, bf16: bool, device: torch.device) -> None:
+    """Moves a model, the last of `units`, to the device and divides its parameters, gradients and
+    optimizer state among the ranks (FSDP2).
 
-    Each of `units`, the whole model last, is gathered when it runs. `how`, of config.SHARDING:
-    "grads" keeps what was gathered until the backward pass has used it; "params" and "offload"
-    gather it again. Gradients are summed, not averaged, as each rank's loss is divided by the
-    global batch's tokens already.
+    Each of `units` is gathered when it runs. `how`, of config.SHARDING: "grads" keeps what was
+    gathered until the backward pass has used it; "params" and "offload" gather it again, and the
+    latter keeps parameters on the CPU between uses. Gradients are summed, not averaged, as each
+    rank's loss is divided by the global batch's tokens already.
     """
+    model = units[-1]
+    if how == "none":
+        model.to(device)
+        return
     options = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
                "reshard_after_forward": how != "grads", "offload_policy": OffloadPolicy()}
     if how == "offload":
@@ -97,12 +103,28 @@ def shard(units: list[nn.Module], how: str, bf16: bool, device: torch.device) ->
                                                     reduce_dtype=torch.float32)
     for unit in units:
         fully_shard(unit, **options)
-    for module in units[-1].modules():
+    for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+    if how == "offload":
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device)
+    else:
+        model.to(device)
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """A tensor whole again, where it is divided among the ranks; each of them must ask."""
     return tensor.full_tensor().clone() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole(tensors: dict[str, Tensor], half: Callable[[str], bool]) -> dict[str, Tensor]:
+    """All tensors gathered on the CPU of the first rank, {} on the others; those whose name `half`
+    names in bfloat16."""
+    on_cpu = {}
+    for name, tensor in tensors.items():
+        tensor = gathered(tensor.detach())
+        if is_main():
+            on_cpu[name] = (tensor.bfloat16() if half(name) else tensor).cpu()
+    return on_cpu

@@ -5,21 +5,42 @@
 Legend: T packed tokens, D model width, C vocabulary, A supervised tokens of a batch.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import DynamicCache
 
 from sliming.backbones import PackedCache
 from sliming.chat import IGNORE, encode, end_token, without_markers
-from sliming.inputs import Batch, Sample
 from sliming.images import ImageSource
+from sliming.inputs import Batch, Sample
+from sliming.records import RecordError, inside, lines, resume
 
 
 class Answering:
-    """Generation for a model with `see`, `embed`, `llm`, `processor` and `end_ids`."""
+    """Generation for a model with `see`, `embed`, `adapter`, `llm` and `processor`."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.adapter.w_gate.device
+
+    @cached_property
+    def end_ids(self) -> set[int]:
+        """Tokens that end an answer: the language model's (none, one or several), the
+        template's."""
+        ends, tokenizer = self.llm.generation_config.eos_token_id, self.processor.tokenizer
+        ids = set(ends if isinstance(ends, list) else [ends])
+        if tokenizer is not None:
+            ids |= {tokenizer.eos_token_id, end_token(self.config.template, tokenizer)}
+        return ids
 
     def answer(self, image: ImageSource | list[ImageSource] | None, question: str,
                **options) -> str:
@@ -28,10 +49,24 @@ class Answering:
 
     def answer_batch(self, questions: list[tuple[ImageSource | list[ImageSource] | None, str]],
                      **options) -> list[str]:
-        """`answer` for several pairs of image(s) and question at once, greedily; options of
+        """`answer` for several pairs of image(s) and question at once; options of
         `generate_batch`."""
         answers = self.generate_batch([self.processor.ask(*pair) for pair in questions], **options)
         return [self.processor.tokenizer.decode(ids).strip() for ids in answers]
+
+    def answer_all(self, todo: list, read: Callable[[Any], Sample], batch_size: int,
+                   **options) -> Iterator[list[str]]:
+        """Answers to whatever `read` makes prompts of, batch after batch. The next batch is read
+        while the model answers. Options of `generate_batch`."""
+        batches = [todo[at:at + batch_size] for at in range(0, len(todo), batch_size)]
+        with ThreadPoolExecutor(1) as reader:
+            reading = (reader.submit(lambda batch=batch: [read(one) for one in batch])
+                       for batch in batches)
+            coming = next(reading, None)
+            while coming is not None:
+                samples, coming = coming.result(), next(reading, None)
+                answers = self.generate_batch(samples, **options)
+                yield [self.processor.tokenizer.decode(ids).strip() for ids in answers]
 
     def stream(self, sample: Sample, **options) -> Iterator[str]:
         """The answer as text, piece by piece; options of `generate`."""
@@ -51,7 +86,6 @@ class Answering:
     @torch.no_grad()
     def generate(self, sample: Sample, *, gamma: float | None = None, max_new_tokens: int = 128,
                  temperature: float = 0.0, top_p: float = 1.0,
-                 generator: torch.Generator | None = None,
                  cache: DynamicCache | None = None) -> Iterator[int]:
         """Yields the answer's token ids as they come, without the end token.
 
@@ -67,8 +101,8 @@ class Answering:
             hidden = self.llm.get_decoder()(
                 inputs_embeds=inputs[None], position_ids=positions[None], cache=cache,
                 use_cache=True).last_hidden_state                              # [1, T, D]
-            logits = self.llm.get_output_embeddings()(hidden[0, -1]).float()   # [C]
-            token = int(sample_token(logits, temperature, top_p, generator))
+            logits = self.llm.get_output_embeddings()(hidden[0, -1:])          # [1, C]
+            token = int(sample_tokens(logits, temperature, top_p))
             if token in self.end_ids:
                 return
             yield token
@@ -77,9 +111,10 @@ class Answering:
 
     @torch.no_grad()
     def generate_batch(self, samples: list[Sample], *, gamma: float | None = None,
-                       max_new_tokens: int = 128) -> list[list[int]]:
-        """The greedy answers' token ids of several samples at once: what `generate` yields for
-        each, but every step reads the language model's weights once for all."""
+                       max_new_tokens: int = 128, temperature: float = 0.0,
+                       top_p: float = 1.0) -> list[list[int]]:
+        """The answers' token ids of several samples at once: what `generate` yields for each, but
+        every step reads the language model's weights once for all."""
         inputs, lengths = self.embed_prompts(samples, gamma)                   # [T, D]
         answers: list[list[int]] = [[] for _ in samples]
         running, cache = list(range(len(samples))), PackedCache()
@@ -92,7 +127,7 @@ class Answering:
                 use_cache=True).last_hidden_state[0]                           # [T, D]
             last = torch.tensor(lengths, device=inputs.device).cumsum(0) - 1   # [running]
             logits = self.llm.get_output_embeddings()(hidden[last])            # [running, C]
-            tokens = logits.argmax(1).tolist()
+            tokens = sample_tokens(logits, temperature, top_p).tolist()
             going = [i for i, token in enumerate(tokens) if token not in self.end_ids]
             for i in going:
                 answers[running[i]].append(tokens[i])
@@ -163,18 +198,57 @@ class Conversation:
             self.unseen = [end] if ended else [*tokens[-1:], end]
 
 
-def sample_token(logits: Tensor, temperature: float, top_p: float,
-                 generator: torch.Generator | None) -> Tensor:
-    """Draws one token id from logits [C]: greedy at temperature 0, else from the nucleus of mass
-    `top_p`. ValueError for a temperature or mass out of range."""
+def answer_file(model: Answering, questions: Path, folder: Path, answers: Path, batch_size: int,
+                **options) -> None:
+    """Answers the lines of `questions` (see sample.py) that `answers` does not hold yet, appending
+    as they come; images lie in `folder`. Options of `generate_batch`.
+
+    RecordError, with file and line, for a line that is no question and for an image that cannot be
+    read; what is answered stays.
+    """
+    def read(question: tuple[int, dict]) -> Sample:
+        line, record = question
+        images = record.get("image") or []
+        try:
+            images = [inside(folder, image)
+                      for image in (images if isinstance(images, list) else [images])]
+            return model.processor.ask(images, record["text"])
+        except (ValueError, OSError, TypeError) as error:
+            raise RecordError(f"{questions}, line {line}: {error}") from error
+
+    todo = []
+    done = {json.dumps(row.get("question_id")) for row in resume(answers)}
+    for line, record in lines(questions):
+        name, text = (record.get(key) if isinstance(record, dict) else None
+                      for key in ("question_id", "text"))
+        if not isinstance(name, int | str) or not isinstance(text, str):
+            raise RecordError(f"{questions}, line {line}: no question with question_id and text")
+        if json.dumps(name) not in done:
+            todo.append((line, record))
+    with (open(answers, "a", encoding="utf-8") as out,
+          tqdm(total=len(todo), desc="questions", unit="question") as progress):
+        for texts in model.answer_all(todo, read, batch_size, **options):
+            for text in texts:
+                record = todo[progress.n][1]
+                row = {"question_id": record["question_id"], "prompt": record["text"], "text": text}
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                progress.update()
+            out.flush()
+
+
+def sample_tokens(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One token id per row of logits [B, C]: greedy at temperature 0, else drawn from the nucleus
+    of mass `top_p` with torch's generator. ValueError for a temperature or mass out of range."""
     if not temperature >= 0 or not 0 < top_p <= 1:
         raise ValueError(f"need temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
     if temperature == 0:
-        return logits.argmax()
-    probabilities, order = (logits / temperature).softmax(0).sort(descending=True)
+        return logits.argmax(1)
+    probabilities = (logits.float() / temperature).softmax(1)
+    probabilities, order = probabilities.sort(dim=1, descending=True)
     # The token that crosses the mass is inside.
-    outside = probabilities.cumsum(0) - probabilities >= top_p
-    return order[probabilities.masked_fill(outside, 0).multinomial(1, generator=generator)[0]]
+    outside = probabilities.cumsum(1) - probabilities >= top_p                 # [B, C]
+    drawn = probabilities.masked_fill(outside, 0).multinomial(1)               # [B, 1]
+    return order.gather(1, drawn)[:, 0]
 
 
 def exact_match(batch: Batch, logits: Tensor) -> list[bool]:

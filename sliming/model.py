@@ -28,10 +28,11 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, PreTrainedModel
 
 from sliming.backbones import VisionTower, build_llm, cast, load_llm, load_vision
-from sliming.chat import IGNORE, end_token
+from sliming.chat import IGNORE
 from sliming.checkpoints import files, released
 from sliming.config import SliMEConfig
 from sliming.generate import Answering
@@ -39,6 +40,8 @@ from sliming.inputs import Batch, Processor
 from sliming.moe_adapter import MoEAdapter
 from sliming.qformer import QueryFormer
 from sliming.router import route
+
+CHUNK = 2048  # supervised tokens whose logits are there at once in training
 
 
 @dataclass
@@ -52,9 +55,9 @@ class Visual:
 
 
 class Output(NamedTuple):
-    loss: Tensor    # float32 scalar
-    logits: Tensor  # [number of supervised tokens, C]
-    tokens: int     # T: what the language model read
+    loss: Tensor           # float32 scalar
+    logits: Tensor | None  # [number of supervised tokens, C]
+    tokens: int            # T: what the language model read
 
 
 class SliME(nn.Module, Answering, ModelHubMixin):
@@ -74,23 +77,18 @@ class SliME(nn.Module, Answering, ModelHubMixin):
         if config.look_nearby:
             self.compression.look_nearby(**config.look_nearby)
         self.llm = llm
-        # Tokens that end an answer: the language model's (none, one or several), the template's.
-        ends = llm.generation_config.eos_token_id
-        self.end_ids = set(ends if isinstance(ends, list) else [ends])
-        if processor.tokenizer is not None:
-            self.end_ids |= {processor.tokenizer.eos_token_id,
-                             end_token(config.template, processor.tokenizer)}
 
     # ----------------------------------------------------------------------------- the forward pass
 
     def forward(self, batch: Batch, *, parts: str = "both", visual: Visual | None = None,
-                normalizer: float | Tensor | None = None) -> Output:
+                normalizer: float | Tensor | None = None, logits: bool = True) -> Output:
         """Loss and logits at the supervised positions.
 
         `visual` is `see(batch, parts)` unless given. The loss is the summed cross-entropy over
         `normalizer`, by default the batch's number of supervised tokens; with several ranks or
-        micro-batches it is that of the global batch. ValueError if nothing is supervised: a mean
-        over nothing would be a loss of zero or NaN.
+        micro-batches it is that of the global batch. `logits` False: they are not kept, which at a
+        large vocabulary saves gigabytes. ValueError if nothing is supervised: a mean over nothing
+        would be a loss of zero or NaN.
         """
         visual = self.see(batch, parts) if visual is None else visual
         embeddings, labels, lengths = self.embed(batch, visual)
@@ -100,10 +98,20 @@ class SliME(nn.Module, Answering, ModelHubMixin):
             raise ValueError("no supervised token in the batch: every answer is empty or masked")
         # The position before a supervised one predicts it. It belongs to the same sample, as what a
         # sample begins with is never supervised.
-        logits = self.llm.get_output_embeddings()(hidden[supervised - 1])      # [supervised, C]
-        loss = F.cross_entropy(logits.float(), labels[supervised], reduction="sum")
+        hidden, targets = hidden[supervised - 1], labels[supervised]
+        if logits:
+            scores, loss = self.score(hidden, targets)                         # [supervised, C], []
+        else:  # a chunk at a time, made again in the backward pass
+            pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+            scores, loss = None, sum(checkpoint(lambda *piece: self.score(*piece)[1], *piece,
+                                                use_reentrant=False) for piece in pieces)
         normalizer = len(supervised) if normalizer is None else normalizer
-        return Output(loss / normalizer, logits, len(embeddings))
+        return Output(loss / normalizer, scores, len(embeddings))
+
+    def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of hidden states, [A, D] -> [A, C], and their summed cross-entropy."""
+        logits = self.llm.get_output_embeddings()(hidden)
+        return logits, F.cross_entropy(logits.float(), targets, reduction="sum")
 
     def see(self, batch: Batch, parts: str = "both", gamma: float | None = None,
             random_tokens: bool = False, features: tuple[Tensor, Tensor] | None = None) -> Visual:
@@ -206,10 +214,6 @@ class SliME(nn.Module, Answering, ModelHubMixin):
         output = self.llm.get_decoder()(inputs_embeds=embeddings[None], segments=lengths,
                                         position_ids=positions[None], use_cache=False)
         return output.last_hidden_state[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.adapter.w_gate.device
 
     def use_attention(self, choice: str) -> None:
         """How the query formers attend, see `qformer.query_attention`."""

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -30,27 +29,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 
+from sliming import distributed as ranks
+from sliming import watch
 from sliming.chat import IGNORE
 from sliming.checkpoints.files import CheckpointError
 from sliming.checkpoints.lora import add_lora, without_lora, write_lora
 from sliming.checkpoints.released import fill_stage_files
 from sliming.checkpoints.states import States
-from sliming.config import PRESETS, SHARDING, STAGES, Recipe, TrainConfig
+from sliming.config import PRESETS, STAGES, Recipe, TrainConfig
 from sliming.data import RecordError, Share, Steps, open_mixture
-from sliming.distributed import (
-    barrier,
-    gather,
-    gathered,
-    is_main,
-    rank_and_world,
-    reduce,
-    shard,
-    sum_gradients,
-)
 from sliming.inputs import Batch, seed_of
 from sliming.model import SliME
 from sliming.tiny.pictures import TrainingSet
-from sliming.watch import Log, peak_memory, plot_loss, say, step_flops
 
 
 @dataclass
@@ -85,14 +75,14 @@ def train_stage(config: TrainConfig, stage: int, device: torch.device) -> None:
     being finite.
     """
     run = set_up(config, stage, device)
-    log = Log(run.out, f"stage {stage}", run.first, run.steps, config.tensorboard)
+    log = watch.Log(run.out, f"stage {stage}", run.first, run.steps, config.tensorboard)
     for step in range(run.first, run.steps):
         began = time.perf_counter()
         share = next(run.shares)
         waited = time.perf_counter() - began
         # Whatever a language model of the user's own draws, dropout say, is drawn again when the
         # run goes on from here.
-        torch.manual_seed(seed_of(config.seed, stage, step, rank_and_world()[0]))
+        torch.manual_seed(seed_of(config.seed, stage, step, ranks.rank_and_world()[0]))
         for group in run.optimizer.param_groups:
             scale = learning_rate_scale(step, run.steps, run.recipe.warmup_ratio)
             group["lr"] = scale * group["peak"]
@@ -122,23 +112,23 @@ def learning_rate_scale(step: int, steps: int, warmup_ratio: float = 0.03) -> fl
 def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
     """Everything before the first step: model, optimizer, states to go on from, data."""
     torch.manual_seed(config.seed)
-    plan, recipe, (rank, world) = STAGES[stage], config.recipe(stage), rank_and_world()
-    check(recipe, world)
+    plan, recipe, (rank, world) = STAGES[stage], config.recipe(stage), ranks.rank_and_world()
+    recipe.check(world, dist.is_initialized())
     for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):  # one whole model at a time in
         if turn == int(os.environ.get("LOCAL_RANK", 0)):            # the machine's memory
             model = initial_model(config, stage)
             groups = prepare(model, config, stage, device)
-        barrier()
+        ranks.barrier()
     trained = [parameter for group in groups for parameter in group["params"]]
     if config.data is None:
         records, folder = TrainingSet(stage, config.seed), None
     else:
         records, folder = open_mixture(config.data, config.seed), Path(config.images)
     steps = recipe.steps or max(1, len(records) // recipe.batch_size)
-    say(f"stage {stage}: shows {plan.parts}, trains {', '.join(plan.trained)}"
-        f"{' (LoRA)' if recipe.lora else ''} ({sum(p.numel() for p in trained):,} of "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters), {steps} steps of "
-        f"{recipe.batch_size} records on {world} process{'es' if world > 1 else ''}")
+    learned, all_of = (sum(p.numel() for p in some) for some in (trained, model.parameters()))
+    watch.say(f"stage {stage}: shows {plan.parts}, trains {', '.join(plan.trained)}"
+              f"{' (LoRA)' if recipe.lora else ''} ({learned:,} of {all_of:,} parameters), {steps} "
+              f"steps of {recipe.batch_size} records on {world} process{'es'[:2 * (world > 1)]}")
 
     out = Path(config.out) / f"stage{stage}"
     out.mkdir(parents=True, exist_ok=True)
@@ -147,7 +137,7 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
     states = States(out / "resume", model, optimizer, settings, config.keep)
     first, skipped = states.restore() if config.resume == "auto" else states.discard()
     if first:
-        say(f"stage {stage} goes on at step {first}")
+        watch.say(f"stage {stage} goes on at step {first}")
     template = plan.template or model.config.template
     work = Steps(records, model.processor, plan.parts, template, recipe, steps, folder, first, rank,
                  world, config.strict_data, noise=(config.seed, stage))
@@ -157,20 +147,6 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
     model.vision.eval()
     return Run(config, stage, recipe, device, out, model, trained, optimizer, states, steps, first,
                skipped, iter(loader))
-
-
-def check(recipe: Recipe, world: int) -> None:
-    """ValueError where the recipe does not fit the number of processes."""
-    if recipe.batch_size % world:
-        fits = recipe.batch_size // world * world or world
-        raise ValueError(f"a global batch of {recipe.batch_size} records cannot be shared evenly "
-                         f"by {world} processes: use --batch-size {fits} or another number of "
-                         "processes")
-    if recipe.shard not in SHARDING:
-        raise ValueError(f"--shard {recipe.shard}: choose one of {', '.join(SHARDING)}")
-    if recipe.shard != "none" and not dist.is_initialized():
-        raise ValueError(f"--shard {recipe.shard}: start with torchrun, sharding needs its process "
-                         "group")
 
 
 def initial_model(config: TrainConfig, stage: int) -> SliME:
@@ -183,8 +159,9 @@ def initial_model(config: TrainConfig, stage: int) -> SliME:
     before = Path(config.init_from or Path(config.out) / f"stage{stage - 1}")
     released = config.init_from is not None and (before / "mm_projector.bin").is_file()
     if released or (config.init_from is None and stage == 1):
-        say(f"stage {stage} starts from the backbones {preset.vision} (vision) and {preset.llm} "
-            f"(language)" + (f" and the adapters in {before}" if released else ""))
+        adapters = f" and the adapters in {before}" if released else ""
+        watch.say(f"stage {stage} starts from the backbones {preset.vision} (vision) and "
+                  f"{preset.llm} (language){adapters}")
         model = SliME.from_backbones(preset, dtype)
         if released:
             fill_stage_files(model, before)
@@ -200,7 +177,7 @@ def initial_model(config: TrainConfig, stage: int) -> SliME:
         if config.init_from is None and had != wants:
             raise CheckpointError(f"{before} is a checkpoint of another preset: its {name} is "
                                   f"{had!r}, preset {config.preset} has {wants!r}")
-    say(f"stage {stage} starts from {before}")
+    watch.say(f"stage {stage} starts from {before}")
     return model
 
 
@@ -219,22 +196,14 @@ def prepare(model: SliME, config: TrainConfig, stage: int, device: torch.device)
                 parameter.requires_grad_(True)
                 parameter.data = parameter.data.float()
     if recipe.recompute:
-        with warnings.catch_warnings():  # later releases of transformers give it another name
-            warnings.simplefilter("ignore", FutureWarning)
-            model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        model.llm.activation_checkpointing_enable({"use_reentrant": False})
     if config.compile:
         for layer in model.llm.get_decoder().layers:
             layer.compile(dynamic=True)  # packed rows have a new length in every batch
     model.use_attention(config.attention)
-    if recipe.shard != "none":
-        # Units: the tower, every layer of the language model, and all the rest.
-        units = [model.vision, *model.llm.get_decoder().layers, model]
-        shard(units, recipe.shard, recipe.bf16, device)
-    if recipe.shard == "offload":  # parameters stay on the CPU between uses
-        for buffer in model.buffers():
-            buffer.data = buffer.data.to(device)
-    else:
-        model.to(device)
+    # Units of sharding: the tower, every layer of the language model, and all the rest.
+    units = [model.vision, *model.llm.get_decoder().layers, model]
+    ranks.place(units, recipe.shard, recipe.bf16, device)
     # Sharding replaces parameters: they are collected afterwards.
     peaks = {"llm": recipe.llm_learning_rate}
     return [{"params": [p for p in getattr(model, part).parameters() if p.requires_grad],
@@ -249,25 +218,27 @@ def one_step(run: Run, share: Share, step: int, waited: float) -> dict:
     to be logged. FloatingPointError for a loss or gradient that is not finite."""
     model, device = run.model, run.device
     learned = sum(int((batch.labels != IGNORE).sum()) for batch in share.batches)
-    learned, skipped = reduce([learned, len(share.skipped)], device)           # of all ranks
-    rounds, memory = reduce([len(share.batches), peak_memory(device)], device, dist.ReduceOp.MAX)
+    learned, skipped = ranks.reduce([learned, len(share.skipped)], device)     # of all ranks
+    most = [len(share.batches), watch.peak_memory(device)]
+    rounds, memory = ranks.reduce(most, device, dist.ReduceOp.MAX)
     for complaint in share.skipped:
-        say(f"skipped {complaint}", everyone=True)
+        watch.say(f"skipped {complaint}", everyone=True)
     if learned == 0:
         raise RecordError(f"step {step}: no usable record in the whole batch, {int(skipped)} "
                           "skipped")
     active = choose_active(run, step)
     loss, tokens, flops = accumulate(run, share.batches, int(rounds), learned)
     if not isinstance(model, FSDPModule):  # which sums them in the backward pass
-        sum_gradients(active)
+        ranks.sum_gradients(active)
     for parameter in set(run.trained) - set(active):
         parameter.grad = None
-    loss, tokens, flops, waited = reduce([loss.item(), tokens, flops, waited], device)
-    norm = gathered(nn.utils.clip_grad_norm_(active, 1.0)).item()
+    loss, tokens, flops, waited = ranks.reduce([loss.item(), tokens, flops, waited], device)
+    norm = ranks.gathered(nn.utils.clip_grad_norm_(active, 1.0)).item()
     if not math.isfinite(loss) or not math.isfinite(norm):
         run.states.settle()
+        records = ", ".join(ranks.gather(share.ids))
         raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}, with the "
-                                 f"records {', '.join(gather(share.ids))}; {run.states.last()}")
+                                 f"records {records}; {run.states.last()}")
     run.skipped += int(skipped)
     return {"step": step, "loss": loss, "grad_norm": norm, "supervised_tokens": int(learned),
             "tokens": int(tokens), "lr": run.optimizer.param_groups[0]["lr"], "flops": flops,
@@ -288,12 +259,13 @@ def accumulate(run: Run, batches: list[Batch], rounds: int,
         batch = batches[index] if real else Batch.pack([model.processor.blank(learned=True)])
         bf16 = torch.autocast(run.device.type, torch.bfloat16) if run.recipe.bf16 else nullcontext()
         with bf16:
-            output = model(batch.to(run.device), parts=run.parts, normalizer=normalizer)
+            output = model(batch.to(run.device), parts=run.parts, normalizer=normalizer,
+                           logits=False)
         (output.loss if real else 0 * output.loss).backward()
         if real:
             loss += output.loss.detach()
             tokens += output.tokens
-            flops += step_flops(model, batch, run.parts, output.tokens)
+            flops += watch.step_flops(model, batch, run.parts, output.tokens)
     return loss, tokens, flops
 
 
@@ -315,21 +287,16 @@ def finish(run: Run, history: list[dict]) -> None:
     was there whole."""
     model, out = run.model, run.out
     model.adapter.expert = model.config.expert
-    tensors = {}
-    for name, tensor in model.tensors().items():
-        tensor = gathered(tensor.detach())  # from all ranks
-        # The language model's master weights are float32 only for training's sake.
-        if run.recipe.bf16 and name.startswith("llm.") and ".lora_" not in name:
-            tensor = tensor.bfloat16()
-        if is_main():
-            tensors[name] = tensor.cpu()
-    if is_main():
+    # The language model's master weights are float32 only for training's sake.
+    tensors = ranks.whole(model.tensors(), half=lambda name: run.recipe.bf16 and
+                          name.startswith("llm.") and ".lora_" not in name)
+    if ranks.is_main():
         model.save_pretrained(out, tensors=without_lora(tensors))
         if run.recipe.lora:
             write_lora(model.llm, tensors, out / "lora", model.config.llm)
         flags = asdict(replace(run.config, stage=str(run.stage)))
         (out / "train_config.json").write_text(json.dumps(flags, indent=2) + "\n")
-        plot_loss(history, f"Stage {run.stage}: shows {run.parts}, trains "
+        watch.plot_loss(history, f"Stage {run.stage}: shows {run.parts}, trains "
                   f"{', '.join(STAGES[run.stage].trained)}", out / "loss.png")
-    barrier()
-    say(f"stage {run.stage}: checkpoint, metrics.jsonl and loss.png are in {out}")
+    ranks.barrier()
+    watch.say(f"stage {run.stage}: checkpoint, metrics.jsonl and loss.png are in {out}")

@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from sliming.backbones import TINY, VisionTower, load_vision
 from sliming.chat import IGNORE, IMAGE_TOKEN, encode
 from sliming.config import SliMEConfig
-from sliming.generate import Conversation, sample_token
+from sliming.generate import Conversation, sample_tokens
 from sliming.inputs import Batch, Sample
 from sliming.model import SliME, stitch
 from sliming.router import route
@@ -108,6 +108,25 @@ def test_packed_equals_alone_forward_and_every_gradient(model, samples, parts):
     for name, gradient in fast.items():
         other = slow.get(name, torch.zeros_like(gradient))
         torch.testing.assert_close(gradient, other, atol=2e-6, rtol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10_000])
+def test_loss_in_chunks_is_the_same_loss(model, samples, monkeypatch, chunk):
+    """Without keeping logits: loss and every gradient, in chunks of any size."""
+    monkeypatch.setattr("sliming.model.CHUNK", chunk)
+    model.requires_grad_(True)
+    results = []
+    for logits in (True, False):
+        model.zero_grad()
+        output = model(Batch.pack(samples), logits=logits)
+        assert (output.logits is not None) == logits
+        output.loss.backward()
+        results.append((output.loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (loss, gradients), (other, others) = results
+    torch.testing.assert_close(loss, other)
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], atol=1e-6, rtol=1e-4)
 
 
 def test_a_neighbour_changes_nothing(model, samples):
@@ -262,13 +281,15 @@ def test_streamed_pieces_are_whole_characters(model, monkeypatch):
 
 
 def test_sampling():
-    logits = torch.tensor([2.0, 1.0, 0.0, -50.0])
-    assert int(sample_token(logits, 0.0, 1.0, None)) == 0
-    draws = [int(sample_token(logits, 1.0, 0.7, torch.Generator().manual_seed(i))) for i in range(200)]
+    logits = torch.tensor([[2.0, 1.0, 0.0, -50.0]])
+    assert sample_tokens(logits, 0.0, 1.0).tolist() == [0]
+    torch.manual_seed(0)
+    draws = sample_tokens(logits.expand(2000, -1), 1.0, 0.7).tolist()
     assert set(draws) == {0, 1}  # softmax .67 .24 .09: the nucleus of .7 is the first two
-    assert abs(draws.count(0) / 200 - 0.73) < 0.1  # .67 / (.67 + .24) = .73; three standard errors
-    with pytest.raises(ValueError, match="temperature"):
-        sample_token(logits, -1.0, 1.0, None)
+    assert abs(draws.count(0) / 2000 - 0.73) < 0.03  # .67 / (.67 + .24) = .73; three standard errors
+    for temperature, top_p in ((-1.0, 1.0), (float("nan"), 1.0), (1.0, 0.0)):
+        with pytest.raises(ValueError, match="temperature"):
+            sample_tokens(logits, temperature, top_p)
 
 
 # ----------------------------------------------------------------------------------------------------- saving and loading

@@ -60,6 +60,15 @@ def find(name: str | Path, revision: str | None = None) -> Path:
     return folder
 
 
+def newest(out: Path) -> Path:
+    """The checkpoint folder in `out` that was written last; FileNotFoundError with the command that
+    makes one."""
+    found = [path.parent for path in out.glob("*/config.json")]
+    if not found:
+        raise FileNotFoundError(f"no checkpoint in {out}/; make one with: python train.py")
+    return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime)
+
+
 def download(name: str, revision: str | None = None) -> Path:
     """The folder of a hub repository: settings, tokenizer, and weights once, as safetensors where
     it has them."""
