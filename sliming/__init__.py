@@ -1,14 +1,15 @@
-"""SliME ("Beyond LLaVA-HD: Diving into High-Resolution Large Multimodal Models"), small enough to read.
+"""SliME, the vision-language model of "Beyond LLaVA-HD", small enough to read.
 
 `python -m sliming` lists what there is to run; the README has the reading path.
 """
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-_HOMES = {"SliME": "model", "SliMEConfig": "config", "Batch": "inputs", "Sample": "inputs", "Slices": "slicer",
-          "choose_grid": "slicer", "open_image": "images", "slice_image": "slicer"}
+_HOMES = {"SliME": "model", "SliMEConfig": "config", "Batch": "inputs", "Sample": "inputs",
+          "Slices": "slicer", "choose_grid": "slicer", "slice_image": "slicer",
+          "open_image": "images"}
 __all__ = list(_HOMES)
 
 

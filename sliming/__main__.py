@@ -2,16 +2,15 @@
 
 import sliming
 
-print(f"""sliming {sliming.__version__}: SliME, the high-resolution vision-language model of "Beyond LLaVA-HD"
+print(f"""sliming {sliming.__version__}: SliME, the model of "Beyond LLaVA-HD"
 
-  torchrun train.py --stage all          train the tiny preset in three stages (minutes on a laptop, no download)
-  torchrun train.py --stage 1            one stage; then 2 and 3. --help lists the flags
-  python sample.py --image FILE --prompt "..."    ask the newest checkpoint; --explain PNG draws what it looked at
-  python -m sliming.evaluate             exact match on held-out questions or your own records; the paper's benchmarks (--benchmark)
-  python -m sliming.smr                  build the SMR training data from its sources, and look at it
-  python -m sliming.official             a checkpoint under the released models' names (sample.py reads those as they are)
-  python -m sliming.checkpoints          merge LoRA adapters into their model
-  python -m sliming.bench                speed and memory beside named alternatives
-  python -m sliming.backbones --pretrain-tiny     make the tiny stand-ins for CLIP and Vicuna again
+  torchrun train.py --stage all     the tiny preset in three stages (minutes on a laptop, no download)
+  torchrun train.py --stage 1       one stage; then 2 and 3. --help lists the flags
+  python sample.py --image FILE --prompt "..."    ask the newest checkpoint; --explain PNG draws
+  python -m sliming.tiny            a built-in picture to ask about; the stand-ins made again
+  python -m sliming.evaluation      held-out questions, your own records, the paper's benchmarks
+  python -m sliming.checkpoints     merge LoRA adapters; write under the released models' names
+  python -m sliming.smr             build the SMR training data from its sources, and look at it
+  python -m sliming.bench           speed and memory beside named alternatives
 
 train.py, sample.py and theory/ are in the repository's top folder; the modules run anywhere.""")
