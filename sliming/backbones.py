@@ -1,30 +1,28 @@
 """The two pretrained parts that SliME connects: a vision tower and a causal language model.
 
 Any `CLIPVisionModel` (the paper: CLIP ViT-L/14 at 336 pixels) and any `AutoModelForCausalLM` with a
-tokenizer (the paper: Vicuna, Llama 3) load through transformers, from a folder or a hub id. For
-laptops and tests two small stand-ins ship inside the package, tiny/vision and tiny/llm;
-tiny/README.md tells what they learned and how.
+tokenizer (the paper: Vicuna, Llama 3) is built through transformers; their weights are read in
+checkpoints/. For laptops and tests two small stand-ins ship inside the package, tiny/vision and
+tiny/llm; tiny/README.md tells what they learned and how.
 
 Legend: V views (global views and crops of a batch), S crop size in pixels, L patches per view, Dv
 vision width, T packed tokens, H attention heads, Hkv of keys and values, Dh head size.
 """
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
     DynamicCache,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
 
@@ -37,22 +35,17 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class VisionTower(nn.Module):
-    """A CLIP vision transformer, frozen, run only as far as the layer that is used (Sec. 2.1).
-
-    `layer` counts hidden states as transformers does: -2 is the output of the last layer but one
-    (the paper's LLaVA recipe), -1 that of the last. Later layers and the final LayerNorm are not
-    even built; the class token is dropped. ValueError for a layer that is not there.
+    """A CLIP vision transformer, frozen, as far as the layer that is used (Sec. 2.1; the last but
+    one, as in LLaVA). The final LayerNorm is not even built; the class token is dropped. Without
+    weights: its parameters are on the meta device.
     """
 
-    def __init__(self, config: CLIPVisionConfig, layer: int):
+    def __init__(self, config: CLIPVisionConfig):
         super().__init__()
-        used = config.num_hidden_layers + 1 + layer
-        if layer >= 0 or used < 1:
-            raise ValueError(f"vision_layer must be -1 .. -{config.num_hidden_layers}, got {layer}")
-        config = CLIPVisionConfig.from_dict({**config.to_dict(), "num_hidden_layers": used})
-        self.clip = CLIPVisionModel(config)
-        if getattr(config, "conv_stem", False):
-            self.clip.embeddings.patch_embedding = ConvStem(config.hidden_size)
+        with no_init_weights(), on_meta():
+            self.clip = CLIPVisionModel(config)
+            if getattr(config, "conv_stem", False):
+                self.clip.embeddings.patch_embedding = ConvStem(config.hidden_size)
         self.clip.post_layernorm = nn.Identity()
         for name, values in (("mean", PIXEL_MEAN), ("std", PIXEL_STD)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
@@ -104,46 +97,36 @@ class ConvStem(nn.Module):
         return self.to_patch(self.fine(pixels))
 
 
-def load_vision(name: str, layer: int) -> VisionTower:
-    """A pretrained tower: "tiny", a folder, or a hub id of a CLIP model (its vision half).
-
-    ValueError if weights that the used layers need are missing.
-    """
-    folder = TINY / "vision" if name == "tiny" else name
-    config = CLIPVisionConfig.from_pretrained(folder)
-    tower = VisionTower(config, layer)
-    if getattr(config, "conv_stem", False):
-        weights = load_file(Path(folder) / "model.safetensors")
-    else:
-        weights = CLIPVisionModel.from_pretrained(folder).state_dict()
-    wanted = tower.clip.state_dict()
-    if missing := sorted(set(wanted) - set(weights)):
-        raise ValueError(f"vision tower {name}: no weights for {', '.join(missing)}")
-    tower.clip.load_state_dict({key: weights[key] for key in wanted})  # none behind the used layer
-    return tower
-
-
 # ----------------------------------------------------------------------------------- language model
 
 
-def load_llm(name: str, dtype: torch.dtype = torch.float32,
-             ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A pretrained causal language model and its tokenizer: "tiny", a folder, or a hub id. No
-    remote code is run."""
-    folder = TINY / "llm" if name == "tiny" else name
-    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype,
-                                               attn_implementation="sliming_packed")
-    return llm, AutoTokenizer.from_pretrained(folder)
-
-
 def build_llm(config: dict, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A language model of the given transformers configuration (as `to_dict` gives it), weights
-    not set."""
-    with no_init_weights():
-        llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype,
+    """A language model of the given transformers configuration (as `to_dict` gives it), without
+    weights: its parameters are on the meta device."""
+    config = AutoConfig.for_model(**config)
+    with no_init_weights(), on_meta():
+        llm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False,
                                                attn_implementation="sliming_packed")
     llm.tie_weights()  # where the configuration ties input and output embedding
     return llm
+
+
+@contextmanager
+def on_meta():
+    """What is built inside has its parameters on the meta device, without memory. Buffers are
+    real: they are computed, not read."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -16,7 +16,6 @@ at all. The noise of gate and router belongs to the record (data.py).
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -32,9 +31,8 @@ from torch.utils.data import DataLoader
 from sliming import distributed as ranks
 from sliming import watch
 from sliming.chat import IGNORE
-from sliming.checkpoints.files import CheckpointError
-from sliming.checkpoints.lora import add_lora, without_lora, write_lora
-from sliming.checkpoints.released import fill_stage_files
+from sliming.checkpoints import files, pretrained, released
+from sliming.checkpoints.lora import add_lora, begin_lora, without_lora
 from sliming.checkpoints.states import States
 from sliming.config import PRESETS, STAGES, Recipe, TrainConfig
 from sliming.data import RecordError, Share, Steps, open_mixture
@@ -114,11 +112,19 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
     torch.manual_seed(config.seed)
     plan, recipe, (rank, world) = STAGES[stage], config.recipe(stage), ranks.rank_and_world()
     recipe.check(world, dist.is_initialized())
-    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):  # one whole model at a time in
-        if turn == int(os.environ.get("LOCAL_RANK", 0)):            # the machine's memory
-            model = initial_model(config, stage)
-            groups = prepare(model, config, stage, device)
-        ranks.barrier()
+    found = starting_point(config, stage)
+    # What is frozen may be bfloat16; what is trained becomes float32 in `prepare`.
+    dtype = torch.bfloat16 if recipe.bf16 else torch.float32
+    model = SliME.build(found, dtype, float32=("adapter", "compression"))
+    prepare(model, config, stage, device)
+    model.fill(found, device, offload=recipe.shard == "offload")
+    if recipe.lora:
+        begin_lora(model.llm)
+    if config.init_from and (Path(config.init_from) / "mm_projector.bin").is_file():
+        released.fill_stage_files(model, Path(config.init_from))
+    peaks = {"llm": recipe.llm_learning_rate}
+    groups = [{"params": [p for p in getattr(model, part).parameters() if p.requires_grad],
+               "peak": peaks.get(part, recipe.learning_rate)} for part in plan.trained]
     trained = [parameter for group in groups for parameter in group["params"]]
     if config.data is None:
         records, folder = TrainingSet(stage, config.seed), None
@@ -149,43 +155,37 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
                skipped, iter(loader))
 
 
-def initial_model(config: TrainConfig, stage: int) -> SliME:
-    """The model that a stage starts from. FileNotFoundError with the command to run first,
-    CheckpointError if the checkpoint was made with another preset's backbones."""
+def starting_point(config: TrainConfig, stage: int) -> files.Checkpoint:
+    """What a stage starts from. FileNotFoundError with the command to run first, CheckpointError if
+    the checkpoint was made with another preset's backbones."""
     preset = PRESETS[config.preset].model
     preset = replace(preset, vision=config.vision or preset.vision, llm=config.llm or preset.llm)
-    # What is frozen may be bfloat16; what is trained becomes float32 in `prepare`.
-    dtype = torch.bfloat16 if config.recipe(stage).bf16 else torch.float32
     before = Path(config.init_from or Path(config.out) / f"stage{stage - 1}")
-    released = config.init_from is not None and (before / "mm_projector.bin").is_file()
-    if released or (config.init_from is None and stage == 1):
-        adapters = f" and the adapters in {before}" if released else ""
+    adapters = config.init_from is not None and (before / "mm_projector.bin").is_file()
+    if adapters or (config.init_from is None and stage == 1):
+        also = f" and the adapters in {before}" if adapters else ""
         watch.say(f"stage {stage} starts from the backbones {preset.vision} (vision) and "
-                  f"{preset.llm} (language){adapters}")
-        model = SliME.from_backbones(preset, dtype)
-        if released:
-            fill_stage_files(model, before)
-        return model
+                  f"{preset.llm} (language){also}")
+        return pretrained.read(preset)
     if config.init_from is None and not (before / "config.json").is_file():
         raise FileNotFoundError(
             f"stage {stage} starts from stage {stage - 1}, and {before} has no checkpoint; run "
             f"first: python train.py --stage {stage - 1} --preset {config.preset} --out "
             f"{config.out}")
-    model = SliME.from_pretrained(str(before), dtype=dtype, float32=("adapter", "compression"))
+    found = released.read_any(files.find(before))
     for name in ("vision", "llm", "num_queries"):
-        had, wants = getattr(model.config, name), getattr(preset, name)
+        had, wants = getattr(found.config, name), getattr(preset, name)
         if config.init_from is None and had != wants:
-            raise CheckpointError(f"{before} is a checkpoint of another preset: its {name} is "
-                                  f"{had!r}, preset {config.preset} has {wants!r}")
+            raise files.CheckpointError(
+                f"{before} is a checkpoint of another preset: its {name} is {had!r}, preset "
+                f"{config.preset} has {wants!r}")
     watch.say(f"stage {stage} starts from {before}")
-    return model
+    return found
 
 
-def prepare(model: SliME, config: TrainConfig, stage: int, device: torch.device) -> list[dict]:
-    """Freezes, casts, adds LoRA, shards: everything between a loaded model and its first step.
-
-    Returns the optimizer's parameter groups. What is trained is float32, the rest as it was loaded.
-    """
+def prepare(model: SliME, config: TrainConfig, stage: int, device: torch.device) -> None:
+    """Freezes, casts, adds LoRA, shards: all that is done to a model before its weights are read.
+    What is trained is float32."""
     recipe, plan = config.recipe(stage), STAGES[stage]
     model.requires_grad_(False)
     if recipe.lora:
@@ -203,11 +203,7 @@ def prepare(model: SliME, config: TrainConfig, stage: int, device: torch.device)
     model.use_attention(config.attention)
     # Units of sharding: the tower, every layer of the language model, and all the rest.
     units = [model.vision, *model.llm.get_decoder().layers, model]
-    ranks.place(units, recipe.shard, recipe.bf16, device)
-    # Sharding replaces parameters: they are collected afterwards.
-    peaks = {"llm": recipe.llm_learning_rate}
-    return [{"params": [p for p in getattr(model, part).parameters() if p.requires_grad],
-             "peak": peaks.get(part, recipe.learning_rate)} for part in plan.trained]
+    ranks.shard(units, recipe.shard, recipe.bf16, device)
 
 
 # ------------------------------------------------------------------------------------------- a step
@@ -287,13 +283,13 @@ def finish(run: Run, history: list[dict]) -> None:
     was there whole."""
     model, out = run.model, run.out
     model.adapter.expert = model.config.expert
+    tensors = model.tensors()
     # The language model's master weights are float32 only for training's sake.
-    tensors = ranks.whole(model.tensors(), half=lambda name: run.recipe.bf16 and
-                          name.startswith("llm.") and ".lora_" not in name)
+    files.write(out, model.config, without_lora(tensors), model.processor.tokenizer,
+                half=lambda name: run.recipe.bf16 and name.startswith("llm."))
+    if run.recipe.lora:
+        files.write_lora(out / "lora", model.llm, tensors, model.config.llm)
     if ranks.is_main():
-        model.save_pretrained(out, tensors=without_lora(tensors))
-        if run.recipe.lora:
-            write_lora(model.llm, tensors, out / "lora", model.config.llm)
         flags = asdict(replace(run.config, stage=str(run.stage)))
         (out / "train_config.json").write_text(json.dumps(flags, indent=2) + "\n")
         watch.plot_loss(history, f"Stage {run.stage}: shows {run.parts}, trains "

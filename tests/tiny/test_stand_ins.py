@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from sliming.backbones import TINY, load_vision, packed_attention
+from sliming.backbones import TINY, packed_attention
+from sliming.checkpoints.pretrained import load_vision
 from sliming.tiny.pretrain import CLASSES, dense_labels, lookup_accuracy, tower_batch
 from sliming.tiny.pictures import generator, sample_scene
 
