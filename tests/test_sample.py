@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sliming.tiny.pictures import held_out
+from sliming.tiny.held_out import held_out
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

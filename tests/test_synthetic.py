@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from sliming.slicer import slice_image
+from sliming.tiny.held_out import held_out
 from sliming.tiny.pictures import (COUNTS, CROP, DETAIL_PROMPTS, GLYPHS, TrainingSet, detail_questions, generator,
-                               global_questions, held_out, render, sample_scene)
+                               global_questions, render, sample_scene)
 
 
 def scenes(count, **options):

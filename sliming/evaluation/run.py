@@ -32,78 +32,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from sliming.evaluation.benchmarks import BENCHMARKS, Question, locate, read_questions, write_submission
-from sliming.chat import IGNORE, IMAGE
+from sliming.chat import IMAGE
 from sliming.data import RecordError, RecordFile, load_sample
 from sliming.evaluation.metrics import JUDGED, aggregate, bootstrap, mathvista_offline
 from sliming.model import Batch, Sample, SliME
-from sliming.tiny.pictures import held_out
-
-# name: (family of questions, parts shown, gamma or None for the model's own, any tokens instead of the router's)
-SETTINGS = {
-    "global": ("global", "both", None, False),
-    "global_gamma_1": ("global", "both", 1.0, False),
-    "global_gamma_025": ("global", "both", 0.25, False),
-    "detail": ("detail", "both", None, False),
-    "detail_gamma_1": ("detail", "both", 1.0, False),
-    "detail_gamma_025": ("detail", "both", 0.25, False),
-    "detail_random_025": ("detail", "both", 0.25, True),
-    "detail_without_local": ("detail", "global", None, False),
-}
-
-
-def exact(batch: Batch, logits: Tensor) -> list[bool]:
-    """Per sample: is every supervised token the argmax of `logits` [A, C] (A in the order of the batch)?"""
-    supervised = batch.labels != IGNORE
-    right = (logits.argmax(-1) == batch.labels[supervised]).tolist()
-    counts = [int(part.sum()) for part in supervised.split(batch.lengths)]
-    ends = torch.tensor(counts).cumsum(0).tolist()
-    return [all(right[end - count:end]) for count, end in zip(counts, ends)]
-
-
-@torch.no_grad()
-def held_out_accuracy(model: SliME, questions: int, parts: str = "both", across_seams: bool = False,
-                      batch_size: int = 32) -> dict[str, dict]:
-    """Accuracy on `questions` built-in questions of each family in every setting: {name: {accuracy, n, local_tokens}}.
-
-    `local_tokens` is the mean number of local tokens that the language model saw. `parts` "global" restricts every setting
-    to the global view, for a model whose compression is not trained yet.
-    """
-    model.eval()
-    device = model.adapter.w_gate.device
-    hits: dict[str, list[bool]] = {name: [] for name in SETTINGS}
-    kept = dict.fromkeys(SETTINGS, 0)
-    torch_random = torch.get_rng_state()
-    torch.manual_seed(0)  # of the random tokens; the training's own random stream goes on as if nothing had happened
-    for family in ("global", "detail"):
-        for start in tqdm(range(0, questions, batch_size), desc=f"{family} questions", unit="batch", leave=False):
-            indices = range(start, min(start + batch_size, questions))
-            batch = Batch.pack([load_sample(held_out(family, index, across_seams), None, "chat", model)
-                                for index in indices]).to(device)
-            features, done = model.vision(batch.views), {}
-            for name, (asks, shown, gamma, random_tokens) in SETTINGS.items():
-                if asks != family:
-                    continue
-                shown = shown if parts == "both" else parts
-                setting = (shown, gamma, random_tokens) if shown == "both" else (shown,)  # without router no gamma
-                if setting not in done:
-                    visual = model.see(batch, shown, gamma, random_tokens, features)
-                    done[setting] = exact(batch, model(batch, visual=visual).logits), int(visual.keep.sum())
-                hits[name] += done[setting][0]
-                kept[name] += done[setting][1]
-    torch.set_rng_state(torch_random)
-    return {name: {"accuracy": sum(hit) / questions, "n": questions, "local_tokens": round(kept[name] / questions, 1)}
-            for name, hit in hits.items()}
-
-
-def table(results: dict[str, dict]) -> str:
-    """The results as lines of text."""
-    lines = [f"{'held-out questions':24}{'exact match':>12}{'n':>7}{'local tokens':>14}"]
-    lines += [f"{name:24}{100 * row['accuracy']:11.1f}%{row['n']:7}{row['local_tokens']:14}" for name, row in results.items()]
-    return "\n".join(lines)
+from sliming.tiny.held_out import exact, held_out_accuracy, table
 
 
 @torch.no_grad()

@@ -23,7 +23,6 @@ instructions of Table 5, III questions and answers.
 Legend: H, W picture height and width in pixels; S crop size in pixels.
 """
 
-import argparse
 from dataclasses import dataclass
 
 import numpy as np
@@ -323,41 +322,12 @@ class TrainingSet:
                 if pool:
                     turns.append(tuple(map(str, pool.pop())))
             turns = turns or [detail_questions(scene)[0]]
-        return _record(f"train-{self.stage}-{index}", render(scene, rng), turns)
+        return record(f"train-{self.stage}-{index}", render(scene, rng), turns)
 
 
-def held_out_scene(family: str, index: int, across_seams: bool = False) -> tuple[Scene, np.random.Generator]:
-    """The large picture behind held-out record `index`, and the random stream that goes on to draw and ask."""
-    rng = generator("held-out", ("global", "detail").index(family), index)
-    return sample_scene(rng, across_seams=across_seams), rng
-
-
-def held_out(family: str, index: int, across_seams: bool = False) -> dict:
-    """Held-out record `index` of the "global" or the "detail" family: one question about one large picture."""
-    scene, rng = held_out_scene(family, index, across_seams)
-    pool = global_questions(scene) if family == "global" else detail_questions(scene)
-    return _record(f"{family}-{index}", render(scene, rng), [pool[rng.integers(len(pool))]])
-
-
-def _record(name: str, image: Image.Image, turns: list[tuple[str, str]]) -> dict:
+def record(name: str, image: Image.Image, turns: list[tuple[str, str]]) -> dict:
     conversations = []
     for index, (question, answer) in enumerate(turns):
         marker = "<image>\n" if index == 0 else ""
         conversations += [{"from": "human", "value": marker + question}, {"from": "gpt", "value": answer}]
     return {"id": name, "image": image, "conversations": conversations}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sliming.synthetic",
-                                     description="Writes a held-out picture and prints what can be asked about it.")
-    parser.add_argument("file", help="where to write the picture, e.g. picture.png")
-    parser.add_argument("--index", type=int, default=39, help="which picture (default: %(default)s)")
-    arguments = parser.parse_args()
-    scene, rng = held_out_scene("detail", arguments.index)
-    render(scene, rng).save(arguments.file)
-    for question, answer in global_questions(scene) + detail_questions(scene):
-        print(f"{question:40}{answer}")
-
-
-if __name__ == "__main__":
-    main()
