@@ -7,12 +7,12 @@ import argparse
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from sliming.chat import IGNORE
 from sliming.data import load_sample
+from sliming.distributed import reduce
 from sliming.model import Batch, SliME
 from sliming.tiny.pictures import (
     Scene,
@@ -96,9 +96,8 @@ def held_out_accuracy(
             samples = [load_sample(record, None, "chat", model) for record in records]
             add_batch(counts, model, Batch.pack(samples).to(device), family, parts)
     if world > 1:
-        sums = torch.tensor(list(counts.values()))
-        dist.all_reduce(sums)
-        counts = dict(zip(counts, sums.tolist(), strict=True))
+        sums = iter(reduce([n for pair in counts.values() for n in pair], torch.device("cpu")))
+        counts = {name: (next(sums), next(sums)) for name in counts}
     return {name: {"accuracy": right / questions, "n": questions,
                    "local_tokens": round(tokens / questions, 1)}
             for name, (right, tokens) in counts.items()}

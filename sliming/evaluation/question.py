@@ -1,0 +1,188 @@
+"""What every benchmark is made of: a Question, the Benchmark that asks it, and reading its files.
+
+A benchmark is one object: it reads its official files into questions with their prompts, scores an
+answer, adds scores up, and writes what a server or a judge takes. Families of them share a file:
+vqa.py, yesno.py, choice.py, maths.py, judged.py; benchmarks.py lists them all.
+
+Legend: U units of a part of a benchmark, K what is counted of each, R draws of the bootstrap.
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sliming.formats import LETTERS
+from sliming.records import RecordError, lines
+
+Image = bytes | tuple[str, ...]  # an encoded image, or the paths it may have in the image folder
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question to the model."""
+
+    id: str
+    prompt: str
+    images: list[Image]
+    references: str | list[str] | None  # the gold answer or answers; None where it is not public
+    context: dict                       # what scoring it and handing it in need
+    source: str = ""                    # its id in a question file that numbers otherwise
+
+
+class Benchmark:
+    """One benchmark, from its files to its numbers. A prompt is the question, its options, then
+    `form`, Table 6's response format, on a line of its own; images come before it."""
+
+    name = ""                    # on the command line
+    column = ""                  # in the tables (report.py)
+    form: str | None = None      # Table 6; None is its "-"
+    data = ""                    # the official file(s)
+    truth: tuple[str, ...] = ()  # names of a second one, looked for beside it and one folder up
+    answer_tokens = 128          # at most
+    several = False              # the gold answer is a list: what each annotator said
+    by: tuple[str, ...] = ()     # fields of the context by which accuracy is given, too
+    judge = ""                   # who decides, where nothing is scored here
+    submission = ""              # ending of the file that a server or judge takes
+
+    def read(self, path: Path, truth: Path | None) -> list[Question]:
+        """The questions of the official file; `truth` is the second one, where there is one."""
+        raise NotImplementedError
+
+    def score(self, prediction: str, references: str | list[str], context: dict) -> float:
+        """How right one answer is, 0 to 1, by the rule of the benchmark's own program."""
+        raise NotImplementedError
+
+    def extracted(self, row: dict) -> str | None:
+        """What is scored of an answer; None where it is not scored here."""
+        return None if self.judge or row["references"] is None else row["prediction"]
+
+    # Whole-benchmark numbers are functions of sums over units, a unit being what only counts
+    # together (a question; MMBench's rotations of one), so that the bootstrap can draw units.
+
+    def unit(self, place: int, context: dict) -> tuple[str, object]:
+        """(part of the benchmark, unit of it) of the record at `place`."""
+        return "", place
+
+    def counts(self, members: list[dict], scores: list[float]) -> tuple[float, ...]:
+        """What `totals` needs of one unit [K]: here, right and asked."""
+        return scores[0], 1
+
+    def totals(self, sums: dict[str, np.ndarray]) -> dict:
+        """The numbers from each part's sums [..., K]; "table": columns, in percent or points."""
+        right, n = split(sum(sums.values()))
+        accuracy = 100 * ratio(right, n)
+        return {"n": n, "correct": right, "acc": accuracy, "table": {self.column: accuracy}}
+
+    def groups(self, context: dict) -> dict[str, object]:
+        """{field: value or list of values} by which accuracy is given, too."""
+        return {field: context[field] for field in self.by if context.get(field) is not None}
+
+    def submit(self, rows: list[dict]) -> object:
+        """The content of the file that a server or judge takes, from rows of answers."""
+        raise NotImplementedError
+
+    def ask(self, text: str, form: str | None = "") -> str:
+        """A prompt: the text and, unless it ends so already, the response format."""
+        form = self.form if form == "" else form
+        return text if form is None or text.endswith(form) else f"{text}\n{form}"
+
+    def second(self, path: Path, truth: Path | None) -> Path:
+        """The second official file, without which this one cannot be scored."""
+        if truth is None:
+            raise RecordError(f"{path}: the gold answers are in {' or '.join(self.truth)}: "
+                              "put it beside this file or name it with --truth")
+        return truth
+
+
+def with_options(text: str, options: list[str], form: str = "{}. {}") -> str:
+    options = [form.format(*pair) for pair in zip(LETTERS, options, strict=False)]
+    return "\n".join([text, *options])
+
+
+# ----------------------------------------------------------------------------------- adding up
+
+
+def split(sums: np.ndarray) -> list[np.ndarray]:
+    """[..., K] -> K arrays."""
+    return list(np.moveaxis(sums, -1, 0))
+
+
+def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """above / below, 0 where there is nothing to divide by."""
+    return np.divide(above, below, out=np.zeros_like(above), where=below != 0)
+
+
+# -------------------------------------------------------------------------------- reading files
+
+
+def load(path: Path) -> list | dict:
+    """The content of a .json, .jsonl, .tsv or .parquet file, or of a folder of the last."""
+    if path.is_dir() and not list(path.rglob("*.parquet")):
+        raise RecordError(f"{path}: a folder without .parquet files; name the question file")
+    if path.is_dir() or path.suffix == ".parquet":
+        return load_parquet(sorted(path.rglob("*.parquet")) if path.is_dir() else [path])
+    if path.suffix == ".jsonl":
+        return [value for _, value in lines(path)]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: cannot be read as text ({error})") from error
+    if path.suffix == ".tsv":
+        csv.field_size_limit(sys.maxsize)
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        rows = []
+        try:  # POPE's and others' .json are JSON lines
+            for _, value in lines(path):
+                rows.append(value)
+        except RecordError:
+            if rows:
+                raise
+            raise RecordError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from error
+        return rows
+
+
+def load_parquet(files: list[Path]) -> list[dict]:
+    try:
+        from pyarrow import parquet  # only for this format, hence not a dependency
+    except ImportError as error:
+        raise RecordError(f"{files[0]}: reading .parquet needs pyarrow: pip install pyarrow, "
+                          "or convert it to .jsonl") from error
+    return [row for file in files for row in parquet.read_table(file).to_pylist()]
+
+
+def entries(content: list | dict, path: Path) -> Iterator[tuple[str | int, dict]]:
+    """Key or place and value of a list or an object of objects; RecordError for all else."""
+    if isinstance(content, dict) and not all(isinstance(row, dict) for row in content.values()):
+        content = [content]  # JSON lines of one line
+    if not content:
+        raise RecordError(f"{path}: no questions in it")
+    for key, row in content.items() if isinstance(content, dict) else enumerate(content):
+        if not isinstance(row, dict):
+            place = key + 1 if isinstance(key, int) else key
+            raise RecordError(f"{path}: entry {place} is not an object but {type(row).__name__}")
+        yield key, row
+
+
+def load_rows(path: Path) -> list[dict]:
+    """The rows of a file; those of an object of objects have their key as "key"."""
+    return [row if isinstance(key, int) else {"key": key, **row}
+            for key, row in entries(load(path), path)]
+
+
+def need(row: dict, *names: str) -> list:
+    """Values of a row's fields; RecordError that names the row and the field it lacks."""
+    for name in names:
+        if row.get(name) is None:
+            ids = ("id", "question_id", "index", "pid", "key")
+            label = next((f"{key} {row[key]}" for key in ids if key in row), "a row")
+            raise RecordError(f"{label}: no `{name}` among {', '.join(map(str, row))}"[:300])
+    return [row[name] for name in names]
