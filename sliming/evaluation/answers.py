@@ -8,12 +8,10 @@ line; its lines find their questions in the benchmark's own files, by id, image 
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 
-from sliming.chat import IMAGE, OPTION_LETTER, SINGLE_WORD
 from sliming.evaluation.benchmarks import find, read_questions
-from sliming.evaluation.question import Question
+from sliming.evaluation.question import Finder, Question
 from sliming.records import RecordError, lines, resume
 
 # ------------------------------------------------------------------------------------------ ours
@@ -124,7 +122,10 @@ def imported(name: str, files: list[Path], data: Path | None,
                 elif not isinstance(line.get("text"), str):
                     raise RecordError("no `text` in it, the answer")
                 elif data:
-                    row = finder.row(line)
+                    found = finder.find(line["question_id"], line.get("prompt") or "",
+                                        line.get("image"), line.get("category"))
+                    row = {"id": found.id, "prompt": found.prompt, "prediction": line["text"],
+                           "references": found.references, "context": found.context}
                 elif "answer" in line:
                     row = {"id": str(line["question_id"]), "prediction": line["text"],
                            "references": line["answer"], "context": line}
@@ -138,53 +139,3 @@ def imported(name: str, files: list[Path], data: Path | None,
     header = {"benchmark": name, "questions": len(questions) or len(rows), "weights": "",
               "checkpoint": ", ".join(sorted(models))}
     return header, rows
-
-
-class Finder:
-    """Finds the question that a line of LLaVA's answers belongs to."""
-
-    def __init__(self, questions: list[Question]):
-        self.waiting: dict[tuple, list[Question]] = {}
-        self.done: set[str] = set()
-        for question in questions:
-            prompt, part = words(question.prompt), question.context.get("category")
-            keys = {("id", question.id), ("id", question.source),
-                    ("id, prompt", stem(question.source or question.id), prompt)}
-            for name in question.images[0] if question.images and \
-                    isinstance(question.images[0], tuple) else ():
-                keys |= {("image, prompt", name, prompt), ("part", part, name, prompt)}
-            for key in keys:
-                self.waiting.setdefault(key, []).append(question)
-
-    def row(self, line: dict) -> dict:
-        """The answer as a row of ours. RecordError where no question, or more than one, fits."""
-        number, prompt = str(line["question_id"]), words(str(line.get("prompt", "")))
-        image = line.get("image")
-        keys = [("part", line.get("category"), image, prompt), ("id, prompt", stem(number), prompt),
-                ("image, prompt", image, prompt), ("id", number)]
-        found = []
-        for key in keys:
-            found = [question for question in self.waiting.get(key, ())
-                     if question.id not in self.done]
-            # An id alone is not enough where another file may number other questions so.
-            if key[0] == "id" and prompt:
-                found = [question for question in found
-                         if question.id == number and question.source in ("", number)]
-            if len(found) == 1 or (found and key[0] in ("part", "id, prompt")):
-                self.done.add(found[0].id)
-                return {"id": found[0].id, "prompt": found[0].prompt, "prediction": line["text"],
-                        "references": found[0].references, "context": found[0].context}
-        raise RecordError(f"question {number} is not among the questions, or answered twice"
-                          if not found else f"{len(found)} questions fit question {number}")
-
-
-def words(prompt: str) -> str:
-    """A prompt without image markers, response formats and the length of its blanks."""
-    for part in (IMAGE, OPTION_LETTER, SINGLE_WORD, "Please answer yes or no."):
-        prompt = prompt.replace(part, "")
-    return " ".join(prompt.split())
-
-
-def stem(number: str) -> str:
-    """A question's id, where it is an image's name without its ending."""
-    return re.sub(r"\.(jpe?g|png)$", "", number)

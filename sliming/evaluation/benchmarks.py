@@ -33,7 +33,7 @@ def read_questions(name: str, data: Path, truth: Path | None = None) -> list[Que
             for file in benchmark.truth]
     near = [path for path in near if path.exists() and path != data]
     try:
-        questions = benchmark.read(data, truth or (near[0] if near else None))
+        questions = list(benchmark.read(data, truth or (near[0] if near else None)))
     except RecordError as error:
         raise RecordError(f"{name}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

@@ -8,23 +8,14 @@ import ast
 import base64
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from sliming import formats
 from sliming.chat import OPTION_LETTER, SINGLE_WORD
-from sliming.evaluation.question import (
-    Benchmark,
-    Question,
-    load,
-    load_parquet,
-    load_rows,
-    need,
-    ratio,
-    split,
-    with_options,
-)
+from sliming.evaluation.question import Benchmark, Question, load, load_rows, need, ratio, split
 from sliming.formats import LETTERS
 from sliming.records import RecordError
 
@@ -56,26 +47,23 @@ class MMBench(Benchmark):
     name, column, form = "mmbench", "MMB", OPTION_LETTER
     data, submission = "mmbench_dev_20230712.tsv", ".xlsx"
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """mmbench_dev_20230712.tsv and the like; the test set's files have no `answer`."""
-        rows, questions = load_rows(path), []
+        rows = load_rows(path)
         pictures = {row.get("index"): row.get("image") for row in rows}
         for row in rows:
             index, text, image = need(row, "index", "question", "image")
             options = {letter: row[letter] for letter in "ABCD" if row.get(letter) not in EMPTY}
-            if row.get("hint") not in EMPTY:
-                text = f"{row['hint']}\n{text}"
             if len(image) < 64:  # not an image but the index of the row that has it
                 image = pictures.get(image) or ""
             try:
                 picture = base64.b64decode(image, validate=True)
             except ValueError as error:
                 raise RecordError(f"index {index}: the image is no base64") from error
-            prompt = self.ask(with_options(text, list(options.values())))
-            context = {"index": int(index), **options, "question": row["question"]}
-            questions.append(
-                Question(str(index), prompt, [picture], row.get("answer") or None, context))
-        return questions
+            context = {"index": int(index), **options, "question": text}
+            text = text if row.get("hint") in EMPTY else f"{row['hint']}\n{text}"
+            yield Question(str(index), self.ask(text, options.values()), [picture],
+                           row.get("answer") or None, context)
 
     def score(self, prediction: str, references: str, context: dict) -> float:
         """One rotation; `context`: {"A": text, ...}."""
@@ -175,20 +163,18 @@ class MMMU(Benchmark):
     open_form = SINGLE_WORD
     data = "validation-00000-of-00001.parquet of every subject"
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """The validation set's .parquet files (or their folder), or the same rows as JSON."""
-        validation = sorted(path.rglob("validation*.parquet"))  # a folder has other sets, too
-        questions = []
-        for row in load_parquet(validation) if validation else load_rows(path):
-            number, text, kind = need(row, "id", "question", "question_type")
+        for row in load_rows(path):
+            key, text, kind = need(row, "id", "question", "question_type")
             options, answer = row.get("options") or [], row.get("answer")
-            choice, context = kind == "multiple-choice", {"id": number}
+            choice, context = kind == "multiple-choice", {"id": key}
             try:
                 options = ast.literal_eval(options) if isinstance(options, str) else options
                 if isinstance(answer, str) and answer.startswith("[") and not choice:
                     answer = ast.literal_eval(answer)
             except (ValueError, SyntaxError) as error:
-                raise RecordError(f"{number}: options or answer are no list") from error
+                raise RecordError(f"{key}: options or answer are no list") from error
             images = []
             for place in range(1, 8):
                 image = row.get(f"image_{place}")
@@ -198,10 +184,9 @@ class MMMU(Benchmark):
                     images.append(image if isinstance(image, bytes) else (image,))
             if choice:
                 context["index2ans"] = dict(zip(LETTERS, options, strict=False))
-                text = with_options(text, options, "({}) {}")
-            prompt = self.ask(text, self.form if choice else self.open_form)
-            questions.append(Question(number, prompt, images, answer, context))
-        return questions
+            prompt = self.ask(text, options if choice else (), "({}) {}",
+                              self.form if choice else self.open_form)
+            yield Question(key, prompt, images, answer, context)
 
     def score(self, prediction: str, references: str | list[str], context: dict) -> float:
         """`context`: "index2ans" {letter: option} for a choice, and "id", which seeds the guess."""
@@ -244,7 +229,7 @@ class ScienceQA(Benchmark):
     name, column, form = "scienceqa", "ScienceQA", OPTION_LETTER
     data, truth = "llava_test_CQM-A.json", ("problems.json",)
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """problems.json with pid_splits.json beside it (the test split), or LLaVA's
         llava_test_CQM-A.json with problems.json."""
         content = load(path)
@@ -259,26 +244,26 @@ class ScienceQA(Benchmark):
             problems = load(self.second(path, truth))
             asked = [(str(key), turns[0]["value"].replace("<image>", "").strip(), row.get("image"))
                      for row in content for key, turns in [need(row, "id", "conversations")]]
-        questions = []
         for key, text, image in asked:
             if key not in problems:
                 raise RecordError(f"{path}: question {key} is not in problems.json")
             row = formats.scienceqa(key, problems[key])
+            prompt = self.ask(text or "")
             if text is None:
                 hint, image = row.entry.get("hint"), row.image
-                text = with_options(f"Context: {hint}\n{row.question}" if hint else row.question,
-                                    row.options)
-                image = image and image.removeprefix("test/")
-            images = [(image, f"test/{image}")] if image else []
-            questions.append(Question(key, self.ask(text), images, row.letter,
-                                      {"is_image": bool(image), "choices": row.options}))
-        return questions
+                text = f"Context: {hint}\n{row.question}" if hint else row.question
+                prompt, image = self.ask(text, row.options), image and image.removeprefix("test/")
+            yield Question(key, prompt, [(image, f"test/{image}")] if image else [], row.letter,
+                           {"is_image": bool(image), "choices": row.options})
 
     def score(self, prediction: str, references: str, context: dict) -> float:
         return float(scienceqa_letter(prediction) == references)
 
     def unit(self, place: int, context: dict) -> tuple[str, object]:
         return "image" if context.get("is_image") else "text", place
+
+    def groups(self, context: dict) -> dict[str, object]:
+        return {"questions": ["all", "with image" if context.get("is_image") else "text only"]}
 
     def totals(self, sums: dict[str, np.ndarray]) -> dict:
         right, n = split(sum(sums.values()))

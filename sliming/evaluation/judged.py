@@ -1,6 +1,7 @@
 """Free answers that a judge marks: LLaVA-Bench, MM-Vet. Their files are written for it, and
 LLaVA-Bench's number comes from the judge's reviews."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,11 @@ class LlavaBench(Benchmark):
     judge = ("GPT-4 as a judge (haotian-liu/LLaVA llava/eval/eval_gpt_review_bench.py reads the "
              "answers file; --score-only takes its reviews)")
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
-        """questions.jsonl."""
-        return [Question(str(number), text, [(image,)], None,
-                         {"question_id": number, "category": row.get("category")})
-                for row in load_rows(path)
-                for number, image, text in [need(row, "question_id", "image", "text")]]
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
+        for row in load_rows(path):
+            key, image, text = need(row, "question_id", "image", "text")
+            yield Question(str(key), text, [(image,)], None,
+                           {"question_id": key, "category": row.get("category")})
 
     def review(self, row: dict) -> dict:
         """A judge's review as a row of answers: its first line is two numbers, the points of the
@@ -68,17 +68,14 @@ class MMVet(Benchmark):
     data, answer_tokens, submission = "mm-vet.json", 1024, ".json"
     judge = "MM-Vet's GPT-4 judge (yuweihao/MM-Vet mm-vet_evaluator.ipynb reads the answers file)"
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """mm-vet.json, or LLaVA's llava-mm-vet.jsonl."""
-        questions = []
         for row in load_rows(path):
-            fields = ("key", "imagename", "question") if "imagename" in row else \
-                ("question_id", "image", "text")
-            source, image, text = need(row, *fields)
-            number = f"v1_{str(source).removeprefix('v1_')}"
-            images = [(image, f"images/{image}")]
-            questions.append(Question(number, text, images, None, {}, str(source)))
-        return questions
+            official = "imagename" in row
+            key, image, text = need(row, *(("key", "imagename", "question") if official else
+                                           ("question_id", "image", "text")))
+            yield Question(f"v1_{str(key).removeprefix('v1_')}", text,
+                           [(image, f"images/{image}")], None, {}, str(key))
 
     def submit(self, rows: list[dict]) -> dict:
         return {row["id"]: row["prediction"] for row in rows}

@@ -2,19 +2,12 @@
 
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from sliming import formats
 from sliming.chat import OPTION_LETTER, SINGLE_WORD
-from sliming.evaluation.question import (
-    Benchmark,
-    Question,
-    entries,
-    load,
-    load_rows,
-    need,
-    with_options,
-)
+from sliming.evaluation.question import Benchmark, Question, entries, load, load_rows, need, number
 from sliming.formats import LETTERS
 from sliming.latex import plain_math, same_value
 
@@ -33,7 +26,7 @@ def mathvision_answer(prediction: str) -> str:
         if ends or text.startswith(begins):
             text = letter
     tail = text.split("is ")[-1].rstrip(".")
-    if is_number(tail):
+    if number(tail) is not None:
         text = tail
     if "oxed{" not in text:
         for phrase in PHRASES:
@@ -50,14 +43,6 @@ def mathvision_answer(prediction: str) -> str:
     return text.rstrip(".").lstrip(":").strip()
 
 
-def is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 class MathVision(Benchmark):
     """The option's letter, its value or the gold value (mathvision-cuhk/MATH-V
     evaluation/evaluate.py), also per subject and level."""
@@ -65,20 +50,15 @@ class MathVision(Benchmark):
     name, column, form = "mathvision", "MathVision", SINGLE_WORD
     data, by = "testmini.jsonl", ("subject", "level")
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """testmini.jsonl, which the paper reports, or test.jsonl."""
-        questions = []
         for key, entry in entries(load(path), path):
             row = formats.math_vision(key, entry)
-            text = row.question
-            if row.options != list(LETTERS[:len(row.options)]):  # letters are in the picture
-                text = with_options(text, row.options, "({}) {}")
+            shown = row.options == list(LETTERS[:len(row.options)])  # the options, in the picture
             context = {name: entry.get(name) for name in self.by}
-            context |= {"id": row.id, "options": row.options}
-            images = [(row.image, PurePosixPath(row.image).name)]
-            questions.append(Question(row.id, self.ask(text), images, row.letter or row.answer,
-                                      context))
-        return questions
+            yield Question(row.id, self.ask(row.question, () if shown else row.options, "({}) {}"),
+                           [(row.image, PurePosixPath(row.image).name)], row.letter or row.answer,
+                           {**context, "id": row.id, "options": row.options})
 
     def score(self, prediction: str, references: str, context: dict) -> float:
         answer, options = mathvision_answer(prediction), context.get("options")
@@ -139,20 +119,19 @@ class MathVista(Benchmark):
     name, column, answer_tokens, submission = "mathvista", "MathVista", 1024, ".json"
     data, truth = "testmini.json (on the hub annot_testmini.json)", ("query.json",)
     by = ("task", "category", "context", "grade", "skills", "source", "language")
-    fields = ("pid", "question", "image", "choices", "unit", "precision", "answer", "metadata")
+    fields = ("pid", "question", "image", "choices", "unit", "precision", "answer", "metadata",
+              "question_type", "answer_type")
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """testmini.json; the prompt is the data set's own query, its field or of query.json."""
-        queries, questions = load(truth) if truth is not None else {}, []
+        queries = load(truth) if truth is not None else {}
         for row in load_rows(path):
-            number = str(row.get("pid", row.get("key")))
-            query = row.get("query") or queries.get(number) or self.second(path, None)
-            image, kind, form = need(row, "image", "question_type", "answer_type")
-            context = {**{name: row.get(name) for name in self.fields},
-                       "question_type": kind, "answer_type": form, "query": query}
-            questions.append(Question(number, query, [(image, PurePosixPath(image).name)],
-                                      row.get("answer"), context))
-        return questions
+            key = str(row.get("pid", row.get("key")))
+            query = row.get("query") or queries.get(key) or self.second(path, None)
+            image, *_ = need(row, "image", "question_type", "answer_type")
+            context = {**{name: row.get(name) for name in self.fields}, "query": query}
+            yield Question(key, query, [(image, PurePosixPath(image).name)], row.get("answer"),
+                           context)
 
     def extracted(self, row: dict) -> str | None:
         answer = super().extracted(row)
@@ -182,15 +161,13 @@ class MathVerse(Benchmark):
     name, column, answer_tokens, submission = "mathverse", "MathVerse", 1024, ".json"
     data, by = "testmini.json", ("problem_version", "subject", "subfield")
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """testmini.json; the prompt is query_wo. The text-only version has an empty `image`."""
-        questions = []
         for row in load_rows(path):
-            number, text, answer = need(row, "sample_index", "query_wo", "answer")
+            key, text, answer = need(row, "sample_index", "query_wo", "answer")
             image = row.get("image")
             images = [(image, f"images/{image}")] if image else []
-            questions.append(Question(str(number), text, images, answer, {"row": row}))
-        return questions
+            yield Question(str(key), text, images, answer, {"row": row})
 
     def score(self, prediction: str, references: str, context: dict) -> float:
         return float(prediction == references)
@@ -206,14 +183,14 @@ class MathVerse(Benchmark):
 
 # --------------------------------------------------------------------------------------- TabMWP
 
-AMOUNT, NUMBER = r"[\d$.,/:]+", r"[-\d$.,/:]*\d"
+AMOUNT, DIGITS = r"[\d$.,/:]+", r"[-\d$.,/:]*\d"
 # What names an option, in the order in which it is looked for.
 OPTION_FORMS = (r"^\(([A-Za-z])\)$", r"^([A-Za-z])$", r"^([A-Za-z]). ", r"[Th]he answer is ([A-Z])",
                 r"(?s)^\(([A-Za-z])\) .", r"(?s)[Th]he answer is \(([A-Za-z])\) .")
 # A free answer is the last match of the first of these that occurs.
 FREE_FORMS = (r"(?s)[Th]he answer is (.+)", rf"[Th]he table shows that ({AMOUNT}) ",
-              rf" = ({AMOUNT})", rf" (?:be|is) ({NUMBER})", rf" (?:are|was) ({NUMBER})",
-              rf" were ({NUMBER})", rf" ({AMOUNT} [AP]\.M\.)", rf"({NUMBER})")
+              rf" = ({AMOUNT})", rf" (?:be|is) ({DIGITS})", rf" (?:are|was) ({DIGITS})",
+              rf" were ({DIGITS})", rf" ({AMOUNT} [AP]\.M\.)", rf"({DIGITS})")
 
 
 def tabmwp_answer(prediction: str, context: dict) -> str:
@@ -266,19 +243,16 @@ class TabMWP(Benchmark):
     name, column, form, choice_form = "tabmwp", "TabMWP", SINGLE_WORD, OPTION_LETTER
     data = "problems_test.json"
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """problems_test.json and the like: tables as images, questions of SMR's kind."""
-        questions = []
         for key, entry in entries(load(path), path):
             row, unit = formats.tabmwp(key, entry), entry.get("unit")
-            if row.options:
-                prompt = self.ask(with_options(row.question, row.options), self.choice_form)
-            else:
-                prompt = self.ask(f"{row.question} (unit: {unit})" if unit else row.question)
-            context = {"choices": row.options or None, "unit": unit, "id": row.id}
-            images = [(PurePosixPath(row.image).name, row.image)]
-            questions.append(Question(row.id, prompt, images, row.answer, context))
-        return questions
+            asks = f" (unit: {unit})" if unit and not row.options else ""
+            prompt = self.ask(row.question + asks, row.options,
+                              form=self.choice_form if row.options else self.form)
+            yield Question(row.id, prompt, [(PurePosixPath(row.image).name, row.image)],
+                           row.answer,
+                           {"choices": row.options or None, "unit": unit, "id": row.id})
 
     def score(self, prediction: str, references: str, context: dict) -> float:
         """`context`: "choices" (list or None), "unit", and "id", which seeds a guess."""

@@ -10,13 +10,15 @@ Legend: U units of a part of a benchmark, K what is counted of each, R draws of 
 import csv
 import io
 import json
+import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from sliming.chat import IMAGE, OPTION_LETTER, SINGLE_WORD
 from sliming.formats import LETTERS
 from sliming.records import RecordError, lines
 
@@ -50,7 +52,7 @@ class Benchmark:
     judge = ""                   # who decides, where nothing is scored here
     submission = ""              # ending of the file that a server or judge takes
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """The questions of the official file; `truth` is the second one, where there is one."""
         raise NotImplementedError
 
@@ -87,9 +89,11 @@ class Benchmark:
         """The content of the file that a server or judge takes, from rows of answers."""
         raise NotImplementedError
 
-    def ask(self, text: str, form: str | None = "") -> str:
-        """A prompt: the text and, unless it ends so already, the response format."""
-        form = self.form if form == "" else form
+    def ask(self, text: str, options: Iterable[str] = (), mark: str = "{}. {}",
+            form: str | None = "") -> str:
+        """A prompt: text, options and, unless the text ends so already, the response format."""
+        options = [mark.format(*pair) for pair in zip(LETTERS, options, strict=False)]
+        text, form = "\n".join([text, *options]), self.form if form == "" else form
         return text if form is None or text.endswith(form) else f"{text}\n{form}"
 
     def second(self, path: Path, truth: Path | None) -> Path:
@@ -99,10 +103,64 @@ class Benchmark:
                               "put it beside this file or name it with --truth")
         return truth
 
+    def llava(self, path: Path, truth: Path | None) -> Iterator[tuple[Question, str]]:
+        """The questions of a file of LLaVA's, {question_id, image, text} a line, found in the
+        second official file, with their text."""
+        truth = self.second(path, truth)
+        finder = Finder(self.read(truth, None))
+        for row in load_rows(path):
+            number, image, text = need(row, "question_id", "image", "text")
+            try:
+                found = finder.find(number, text.split("\n")[0], image, row.get("category"))
+            except RecordError as error:
+                raise RecordError(f"{path}: {error} of {truth}") from error
+            yield replace(found, images=[(image, *found.images[0])], source=str(number)), text
 
-def with_options(text: str, options: list[str], form: str = "{}. {}") -> str:
-    options = [form.format(*pair) for pair in zip(LETTERS, options, strict=False)]
-    return "\n".join([text, *options])
+
+class Finder:
+    """Finds the question that is meant by LLaVA's fields of it."""
+
+    def __init__(self, questions: Iterable[Question]):
+        self.waiting: dict[tuple, list[Question]] = {}
+        self.done: set[str] = set()
+        for question in questions:
+            prompt, part = words(question.prompt), question.context.get("category")
+            keys = {("id", question.id), ("id", question.source),
+                    ("id, prompt", stem(question.source or question.id), prompt)}
+            paths = question.images[0] if question.images else b""
+            for name in paths if isinstance(paths, tuple) else ():
+                keys |= {("part", part, name, prompt), ("image, prompt", name, prompt)}
+            for key in keys:
+                self.waiting.setdefault(key, []).append(question)
+
+    def find(self, number: object, prompt: str, image: str | None, part: str | None) -> Question:
+        """The question, once; RecordError where none fits, or several of different parts."""
+        number, prompt, fit = str(number), words(prompt), 0
+        for key in (("part", part, image, prompt), ("id, prompt", stem(number), prompt),
+                    ("image, prompt", image, prompt), ("id", number)):
+            found = [question for question in self.waiting.get(key, ())
+                     if question.id not in self.done]
+            # An id alone is not enough where another file may number other questions so.
+            if key[0] == "id" and prompt:
+                found = [question for question in found if question.id == number]
+            if len({question.context.get("category") for question in found}) == 1:
+                self.done.add(found[0].id)
+                return found[0]
+            fit = max(fit, len(found))
+        raise RecordError(f"{fit} questions fit question {number}" if fit else
+                          f"question {number} is not among the questions, or comes twice")
+
+
+def words(prompt: str) -> str:
+    """A prompt without image markers, response formats, case and the length of its blanks."""
+    for part in (IMAGE, OPTION_LETTER, SINGLE_WORD, "Please answer yes or no."):
+        prompt = prompt.replace(part, "")
+    return " ".join(prompt.lower().split())
+
+
+def stem(number: str) -> str:
+    """A question's id, where it is an image's name without its ending."""
+    return re.sub(r"\.(jpe?g|png)$", "", number)
 
 
 # ----------------------------------------------------------------------------------- adding up
@@ -122,11 +180,11 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 def load(path: Path) -> list | dict:
-    """The content of a .json, .jsonl, .tsv or .parquet file, or of a folder of the last."""
-    if path.is_dir() and not list(path.rglob("*.parquet")):
-        raise RecordError(f"{path}: a folder without .parquet files; name the question file")
+    """The content of a .json, .jsonl, .tsv or .parquet file, or of a folder of the last (of its
+    validation files, where it has them)."""
     if path.is_dir() or path.suffix == ".parquet":
-        return load_parquet(sorted(path.rglob("*.parquet")) if path.is_dir() else [path])
+        files = [path] if path.is_file() else sorted(path.rglob("validation*.parquet"))
+        return load_parquet(files or sorted(path.rglob("*.parquet")), path)
     if path.suffix == ".jsonl":
         return [value for _, value in lines(path)]
     try:
@@ -150,11 +208,13 @@ def load(path: Path) -> list | dict:
         return rows
 
 
-def load_parquet(files: list[Path]) -> list[dict]:
+def load_parquet(files: list[Path], path: Path) -> list[dict]:
+    if not files:
+        raise RecordError(f"{path}: a folder without .parquet files; name the question file")
     try:
         from pyarrow import parquet  # only for this format, hence not a dependency
     except ImportError as error:
-        raise RecordError(f"{files[0]}: reading .parquet needs pyarrow: pip install pyarrow, "
+        raise RecordError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow, "
                           "or convert it to .jsonl") from error
     return [row for file in files for row in parquet.read_table(file).to_pylist()]
 
@@ -186,3 +246,11 @@ def need(row: dict, *names: str) -> list:
             label = next((f"{key} {row[key]}" for key in ids if key in row), "a row")
             raise RecordError(f"{label}: no `{name}` among {', '.join(map(str, row))}"[:300])
     return [row[name] for name in names]
+
+
+def number(text: str) -> float | None:
+    """The number that a text is."""
+    try:
+        return float(text)
+    except ValueError:
+        return None

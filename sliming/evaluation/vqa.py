@@ -5,11 +5,13 @@ and haotian-liu/LLaVA. LLaVA's question files end in the response format already
 """
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from sliming import formats
 from sliming.chat import SINGLE_WORD
-from sliming.evaluation.question import Benchmark, Question, entries, load, load_rows, need
+from sliming.evaluation.question import Benchmark, Question, entries, load, load_rows, need, number
 from sliming.records import RecordError
 
 # ----------------------------------------------------------------------------- words compared
@@ -93,30 +95,17 @@ class TextVQA(Benchmark):
     name, column, form, several = "textvqa", "VQA-T", SINGLE_WORD, True
     data, truth = "llava_textvqa_val_v051_ocr.jsonl", ("TextVQA_0.5.1_val.json",)
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """LLaVA's file with the answers in TextVQA_0.5.1_val.json, or the latter, without OCR."""
         content = load(path)
-        if isinstance(content, dict) and "data" in content:
-            questions = []
-            for _, row in entries(content["data"], path):
-                number, image, text = need(row, "question_id", "image_id", "question")
-                questions.append(Question(str(number), self.ask(text), [(f"{image}.jpg",)],
-                                          row.get("answers"), {}))
-            return questions
-        gold = {}
-        truth = self.second(path, truth)
-        for _, row in entries(load(truth)["data"], truth):
-            image, text, given = need(row, "image_id", "question", "answers")
-            gold[str(image), text.lower()] = str(need(row, "question_id")[0]), given
-        questions = []
-        for _, row in entries(content, path):
-            image_id, image, text = need(row, "question_id", "image", "text")
-            key = (str(image_id), text.split("\n")[0].lower())
-            if key not in gold:
-                raise RecordError(f"{path}: question {image_id} ({key[1]!r}) is not in {truth}")
-            number, given = gold[key]
-            questions.append(Question(number, self.ask(text), [(image,)], given, {}, key[0]))
-        return questions
+        if not isinstance(content, dict) or "data" not in content:
+            for question, text in self.llava(path, truth):
+                yield replace(question, prompt=self.ask(text))
+            return
+        for _, row in entries(content["data"], path):
+            key, image, text = need(row, "question_id", "image_id", "question")
+            yield Question(str(key), self.ask(text), [(f"{image}.jpg",)], row.get("answers"), {},
+                           str(image))
 
     def score(self, prediction: str, references: list[str], context: dict) -> float:
         words = [textvqa_words(reference) for reference in references]
@@ -130,21 +119,19 @@ class VQAv2(Benchmark):
     data = "llava_vqav2_mscoco_test-dev2015.jsonl or v2_OpenEnded_mscoco_val2014_questions.json"
     truth, submission = ("v2_mscoco_val2014_annotations.json",), ".json"
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """v2_OpenEnded_mscoco_val2014_questions.json with annotations, or LLaVA's test file."""
-        content, gold, questions = load(path), {}, []
+        content, gold = load(path), {}
         if truth is not None:
             for _, row in entries(load(truth)["annotations"], truth):
-                number, given = need(row, "question_id", "answers")
-                gold[str(number)] = [answer["answer"] for answer in given]
+                key, given = need(row, "question_id", "answers")
+                gold[str(key)] = [answer["answer"] for answer in given]
         subset = content.get("data_subtype", "val2014") if isinstance(content, dict) else ""
+        fields = ("question", "image_id") if subset else ("text", "image")
         for _, row in entries(content["questions"] if subset else content, path):
-            number, text = need(row, "question_id", "question" if subset else "text")
-            (image,) = need(row, "image_id" if subset else "image")
+            key, text, image = need(row, "question_id", *fields)
             image = f"COCO_{subset}_{image:012d}.jpg" if subset else image
-            number = str(number)
-            questions.append(Question(number, self.ask(text), [(image,)], gold.get(number), {}))
-        return questions
+            yield Question(str(key), self.ask(text), [(image,)], gold.get(str(key)), {})
 
     def score(self, prediction: str, references: list[str], context: dict) -> float:
         prediction, references = one_line(prediction), [one_line(text) for text in references]
@@ -165,25 +152,15 @@ class GQA(Benchmark):
     name, column, form = "gqa", "GQA", SINGLE_WORD
     data, truth = "testdev_balanced_questions.json", ("testdev_balanced_questions.json",)
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """testdev_balanced_questions.json, or llava_gqa_testdev_balanced.jsonl with it beside."""
-        rows, questions = load_rows(path), []
-        if "imageId" in rows[0]:
-            for row in rows:
-                image, text, answer = need(row, "imageId", "question", "answer")
-                images = [(f"{image}.jpg",)]
-                questions.append(Question(row["key"], self.ask(text), images, answer, {}))
-            return questions
-        truth = self.second(path, truth)
-        gold = load(truth)
+        rows = load_rows(path)
+        if "imageId" not in rows[0]:
+            yield from (question for question, _ in self.llava(path, truth))
+            return
         for row in rows:
-            number, image, text = need(row, "question_id", "image", "text")
-            number = str(number)
-            if number not in gold:
-                raise RecordError(f"{path}: question {number} is not in {truth}")
-            answer = gold[number]["answer"]
-            questions.append(Question(number, self.ask(text), [(image,)], answer, {}))
-        return questions
+            image, text, answer = need(row, "imageId", "question", "answer")
+            yield Question(row["key"], self.ask(text), [(f"{image}.jpg",)], answer, {})
 
     def score(self, prediction: str, references: str, context: dict) -> float:
         return float(prediction.rstrip(".").lower() == references)
@@ -196,9 +173,9 @@ class ChartQA(Benchmark):
     name, column, form, by = "chartqa", "ChartQA", SINGLE_WORD, ("half",)
     data = "test_human.json, test_augmented.json"
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """test_human.json, test_augmented.json, or the folder of both."""
-        files, questions = [path], []
+        files = [path]
         if path.is_dir():
             files = sorted(path.glob("*_human.json")) + sorted(path.glob("*_augmented.json"))
         if not files:
@@ -207,10 +184,8 @@ class ChartQA(Benchmark):
             half = {"human": "human", "augmented": "machine"}.get(file.stem.split("_")[-1])
             for key, entry in entries(load(file), file):
                 row = formats.chartqa(key, entry)
-                images = [(entry["imgname"], row.image)]
-                questions.append(Question(f"{file.stem}/{row.id}", self.ask(row.question), images,
-                                          row.answer, {"half": half}))
-        return questions
+                yield Question(f"{file.stem}/{row.id}", self.ask(row.question),
+                               [(entry["imgname"], row.image)], row.answer, {"half": half})
 
     def score(self, prediction: str, references: str, context: dict) -> float:
         given, gold = chart_number(prediction), chart_number(references)
@@ -220,7 +195,5 @@ class ChartQA(Benchmark):
 
 
 def chart_number(text: str) -> float | None:
-    try:
-        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        return None
+    value = number(text.rstrip("%"))
+    return value / 100 if text.endswith("%") and value is not None else value

@@ -1,6 +1,6 @@
 """Questions to be answered by yes or no: MME, POPE, AMBER (and AMBER's descriptions)."""
 
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,6 @@ PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity",
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation",
              "code_reasoning")
 SUMS = {"perception": PERCEPTION, "cognition": COGNITION, "hallucination": PERCEPTION[:4]}
-
-
-def asked(text: str) -> str:
-    """MME's question itself: without the form of its answer, runs of blanks made one."""
-    return " ".join(text.replace("Please answer yes or no.", "").removesuffix(SINGLE_WORD).split())
 
 
 def mme_answer(prediction: str) -> str:
@@ -39,12 +34,12 @@ class MME(Benchmark):
     data = "MME_Benchmark_release_version or llava_mme.jsonl"
     truth = ("MME_Benchmark_release_version",)
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """MME_Benchmark_release_version, or eval_tool's folder of one <category>.txt each, with
-        lines of image, question and answer. LLaVA's llava_mme.jsonl needs one of them, too."""
+        lines of image, question and answer; or LLaVA's llava_mme.jsonl with one of them."""
         if path.suffix == ".jsonl":
-            return self.read_llava(path, self.second(path, truth))
-        questions = []
+            yield from (question for question, _ in self.llava(path, truth))
+            return
         for category, image, text, answer, file in self.read_lines(path):
             answer = answer.strip()
             if answer not in ("Yes", "No"):
@@ -53,10 +48,10 @@ class MME(Benchmark):
             endings = [""] if Path(image).suffix else [".jpg", ".png"]
             places = tuple(f"{category}/{inner}{image}{ending}"
                            for inner in ("images/", "") for ending in endings)
-            questions.append(Question(
-                f"{category}/{image}/{answer}", self.ask(asked(text)), [places], answer,
-                {"category": category, "image": image}, f"{category}/{image}"))
-        return questions
+            # Seven of the official lines have two blanks before the form that is dropped here.
+            text = " ".join(text.replace("Please answer yes or no.", "").split())
+            yield Question(f"{category}/{image}/{answer}", self.ask(text), [places], answer,
+                           {"category": category, "image": image}, f"{category}/{image}")
 
     def read_lines(self, path: Path) -> list[tuple]:
         """(category, image, question, answer, file) of every line. In the release, a category's
@@ -77,20 +72,6 @@ class MME(Benchmark):
             raise RecordError(f"{path}: no MME category in it, neither <category>.txt nor "
                               "<category>/*.txt")
         return found
-
-    def read_llava(self, path: Path, truth: Path) -> list[Question]:
-        gold = {(q.context["category"], Path(q.context["image"]).stem, asked(q.prompt)): q
-                for q in self.read(truth, None)}
-        questions = []
-        for row in load_rows(path):
-            number, image, text = need(row, "question_id", "image", "text")
-            question = gold.get((number.split("/")[0], Path(number).stem, asked(text)))
-            if question is None:
-                raise RecordError(f"{path}: the question {asked(text)!r} about {number} is not "
-                                  f"in {truth}")
-            questions.append(replace(question, images=[(image, *question.images[0])],
-                                     source=number))
-        return questions
 
     def score(self, prediction: str, references: str, context: dict) -> float:
         return float(mme_answer(prediction) == references.lower())
@@ -129,31 +110,20 @@ class POPE(Benchmark):
     data = ("the folder coco of coco_pope_{adversarial,popular,random}.json, "
             "or llava_pope_test.jsonl")
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """One or a folder of coco_pope_*.json, or LLaVA's llava_pope_test.jsonl with it."""
         if path.suffix == ".jsonl":
-            return self.read_llava(path, self.second(path, truth))
-        files, questions = sorted(path.glob("coco_pope_*.json")) if path.is_dir() else [path], []
+            yield from (question for question, _ in self.llava(path, truth))
+            return
+        files = sorted(path.glob("coco_pope_*.json")) if path.is_dir() else [path]
         if not files:
             raise RecordError(f"{path}: no coco_pope_*.json in it")
         for file in files:
             part = file.stem.removeprefix("coco_pope_")
             for row in load_rows(file):
-                number, image, text, label = need(row, "question_id", "image", "text", "label")
-                questions.append(Question(f"{part}/{number}", self.ask(text), [(image,)], label,
-                                          {"category": part}, str(number)))
-        return questions
-
-    def read_llava(self, path: Path, truth: Path) -> list[Question]:
-        gold = {(q.context["category"], q.images[0], q.prompt): q for q in self.read(truth, None)}
-        questions = []
-        for row in load_rows(path):
-            part, image, text, number = need(row, "category", "image", "text", "question_id")
-            question = gold.get((part, (image,), self.ask(text)))
-            if question is None:
-                raise RecordError(f"{path}: the question {text!r} about {image} is not in {truth}")
-            questions.append(replace(question, source=str(number)))
-        return questions
+                key, image, text, label = need(row, "question_id", "image", "text", "label")
+                yield Question(f"{part}/{key}", self.ask(text), [(image,)], label,
+                               {"category": part}, str(key))
 
     def score(self, prediction: str, references: str, context: dict) -> float:
         return float(pope_answer(prediction) == references)
@@ -197,19 +167,18 @@ class Amber(Benchmark):
     name, column, form = "amber", "AMBER", SINGLE_WORD
     data, truth = "query_discriminative.json", ("annotations.json",)
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """query_discriminative.json, or a part of it, with annotations.json."""
         truth = self.second(path, truth)
-        gold, questions = {row.get("id"): row for row in load_rows(truth)}, []
+        gold = {row.get("id"): row for row in load_rows(truth)}
         for row in load_rows(path):
-            number, image, text = need(row, "id", "image", "query")
-            label = gold.get(number, {}).get("truth")
+            key, image, text = need(row, "id", "image", "query")
+            label = gold.get(key, {}).get("truth")
             if not isinstance(label, str):
-                raise RecordError(f"{path}: question {number} has no yes or no in {truth}; "
+                raise RecordError(f"{path}: question {key} has no yes or no in {truth}; "
                                   "descriptions are --benchmark amber_generative")
-            questions.append(Question(str(number), self.ask(text), [(image,)], label,
-                                      {"type": gold[number]["type"]}))
-        return questions
+            yield Question(str(key), self.ask(text), [(image,)], label,
+                           {"type": gold[key]["type"]})
 
     def score(self, prediction: str, references: str, context: dict) -> float:
         return float(prediction.capitalize() == references.capitalize())
@@ -252,11 +221,10 @@ class AmberGenerative(Benchmark):
     answer_tokens, submission = 1024, ".json"
     judge = "AMBER's program (junyangwang0410/AMBER inference.py --evaluation_type g)"
 
-    def read(self, path: Path, truth: Path | None) -> list[Question]:
-        """query_generative.json."""
-        return [Question(str(number), text, [(image,)], None, {"id": number})
-                for row in load_rows(path)
-                for number, image, text in [need(row, "id", "image", "query")]]
+    def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
+        for row in load_rows(path):
+            key, image, text = need(row, "id", "image", "query")
+            yield Question(str(key), text, [(image,)], None, {"id": key})
 
     def submit(self, rows: list[dict]) -> list[dict]:
         return [{"id": row["context"]["id"], "response": row["prediction"]} for row in rows]
