@@ -72,10 +72,11 @@ class MMVet(Benchmark):
         """mm-vet.json, or LLaVA's llava-mm-vet.jsonl."""
         for row in load_rows(path):
             official = "imagename" in row
-            key, image, text = need(row, *(("key", "imagename", "question") if official else
-                                           ("question_id", "image", "text")))
-            yield Question(f"v1_{str(key).removeprefix('v1_')}", text,
-                           [(image, f"images/{image}")], None, {}, str(key))
+            fields = ("key", "imagename", "question") if official else \
+                ("question_id", "image", "text")
+            key, image, text = need(row, *fields)
+            source = str(key).removeprefix("v1_")
+            yield Question(f"v1_{source}", text, [(image, f"images/{image}")], None, {}, source)
 
     def submit(self, rows: list[dict]) -> dict:
         return {row["id"]: row["prediction"] for row in rows}

@@ -104,8 +104,9 @@ def mathvista_extract(prediction: str, context: dict) -> str | None:
     reference's extract_answer.py takes these as they are, but for the letter."""
     text, kind = prediction.strip(), {"integer": int, "float": float}.get(context["answer_type"])
     if context["question_type"] == "multi_choice":
-        letter = re.fullmatch(r"\(?([A-Za-z])\)?\.?", text)
-        return text if text in context["choices"] else letter[1].upper() if letter else None
+        letters = LETTERS[:len(context["choices"])]
+        letter = re.fullmatch(rf"\(?([{letters}{letters.lower()}])\)?\.?", text)
+        return text if text in context["choices"] else letter and letter[1].upper()
     try:
         return str(kind(text)) if kind else None
     except ValueError:

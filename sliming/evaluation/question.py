@@ -122,11 +122,11 @@ class Finder:
 
     def __init__(self, questions: Iterable[Question]):
         self.waiting: dict[tuple, list[Question]] = {}
-        self.done: set[str] = set()
+        self.done: set[int] = set()
         for question in questions:
             prompt, part = words(question.prompt), question.context.get("category")
-            keys = {("id", question.id), ("id", question.source),
-                    ("id, prompt", stem(question.source or question.id), prompt)}
+            source = question.source or question.id
+            keys = {("id", question.id), ("id", source), ("id, prompt", stem(source), prompt)}
             paths = question.images[0] if question.images else b""
             for name in paths if isinstance(paths, tuple) else ():
                 keys |= {("part", part, name, prompt), ("image, prompt", name, prompt)}
@@ -139,12 +139,12 @@ class Finder:
         for key in (("part", part, image, prompt), ("id, prompt", stem(number), prompt),
                     ("image, prompt", image, prompt), ("id", number)):
             found = [question for question in self.waiting.get(key, ())
-                     if question.id not in self.done]
+                     if id(question) not in self.done]
             # An id alone is not enough where another file may number other questions so.
             if key[0] == "id" and prompt:
                 found = [question for question in found if question.id == number]
             if len({question.context.get("category") for question in found}) == 1:
-                self.done.add(found[0].id)
+                self.done.add(id(found[0]))
                 return found[0]
             fit = max(fit, len(found))
         raise RecordError(f"{fit} questions fit question {number}" if fit else

@@ -102,6 +102,8 @@ def part_rows(name: str, numbers: dict) -> list[str]:
     rows = [("part", part, part_score(name, value), value.get("n", "") if isinstance(value, dict)
              else "") for part, value in numbers.get("parts", {}).items() if part]
     rows += [("category", *pair, "") for pair in numbers.get("categories", {}).items()]
+    if "n_needs_judge" in numbers and numbers["table"]:
+        rows += [("answers", "scored, as they need no extraction", numbers["acc"], numbers["n"])]
     rows += [(field, group, value["acc"], value["n"])
              for field, groups in numbers.get("by", {}).items() for group, value in groups.items()]
     return [f"| {name} | {field} | {part} | {score:.1f} | {n} |" for field, part, score, n in rows]
