@@ -14,6 +14,8 @@ from sliming.evaluation.benchmarks import find, read_questions
 from sliming.evaluation.question import Finder, Question
 from sliming.records import RecordError, lines, resume
 
+HEADER = {"benchmark", "questions", "key", "checkpoint", "weights"}
+
 # ------------------------------------------------------------------------------------------ ours
 
 
@@ -51,9 +53,8 @@ def read_answers(path: Path) -> tuple[dict, list[dict]]:
         header, *rows = resume(path) or [{}]
     except OSError as error:
         raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
-    if header and not {"benchmark", "questions", "key", "checkpoint", "weights"} <= set(header):
-        raise RecordError(f"{path}: not a file of answers: its first line has neither benchmark "
-                          "and checkpoint (ours) nor question_id and text (LLaVA's)")
+    if header and not HEADER <= set(header):
+        raise no_answers(path)
     for number, row in enumerate(rows, 2):
         if not {"id", "prediction", "references", "context"} <= set(row):
             raise RecordError(f"{path}, line {number}: not an answer with id, prediction, "
@@ -98,11 +99,20 @@ def collect(out: Path, name: str, questions: list[Question], header: dict) -> di
 # ------------------------------------------------------------------------------- other programs'
 
 
+def no_answers(path: Path) -> RecordError:
+    return RecordError(f"{path}: not a file of answers: its first line has neither benchmark and "
+                       "checkpoint (ours) nor question_id and text (LLaVA's)")
+
+
 def is_llavas(path: Path) -> bool:
-    """Are these answers in LLaVA's form (or a judge's reviews of them)?"""
-    _, first = next(lines(path), (0, None))
-    return isinstance(first, dict) and "question_id" in first and \
-        ("text" in first or "content" in first)
+    """Are these answers in LLaVA's form (or a judge's reviews), not ours? RecordError for what is
+    neither, before anything mends its last line."""
+    _, first = next(lines(path), (0, {}))
+    fields = set(first) if isinstance(first, dict) else {""}
+    llavas = "question_id" in fields and bool({"text", "content"} & fields)
+    if fields and not llavas and not HEADER <= fields:
+        raise no_answers(path)
+    return llavas
 
 
 def imported(name: str, files: list[Path], data: Path | None,

@@ -12,9 +12,6 @@ import numpy as np
 from sliming.evaluation.benchmarks import find
 from sliming.evaluation.question import Benchmark
 
-COUNTS = {"n", "n_img", "n_open", "n_rows", "n_questions", "correct", "open_correct",
-          "circular_correct"}
-
 
 def score(benchmark: str, prediction: str, references: str | list[str],
           context: dict | None = None) -> float:
@@ -86,7 +83,8 @@ def plain(key: str, value: dict | np.ndarray) -> dict | int | float:
     """Without numpy; counts are int where they are whole (VQA's soft sums are not)."""
     if isinstance(value, dict):
         return {inner: plain(inner, content) for inner, content in value.items()}
-    return int(value) if key in COUNTS and float(value).is_integer() else float(value)
+    count = key == "n" or key.startswith("n_") or key.endswith("correct")
+    return int(value) if count and float(value).is_integer() else float(value)
 
 
 def bootstrap(benchmark: str, records: list[dict], draws: int = 1000,

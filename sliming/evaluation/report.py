@@ -118,37 +118,30 @@ def plot(results: dict[str, dict], ours: str, path: Path) -> None:
     """The same as bars, at most seven benchmarks in a row, MME's points in a row of their own."""
     import matplotlib.pyplot as plt  # only here: it takes a second to load
 
-    found = found_columns(results)
+    found, nothing = found_columns(results), [float("nan")] * 3
     percent = [column for column in found if not column.startswith("MME-")]
-    points = [column for column in found if column.startswith("MME-")]
-    rows = [("percent", percent[at:at + 7]) for at in range(0, len(percent), 7)]
-    rows += [("points", points)] if points else []
-    longest = max(len(columns) for _, columns in rows)
-    figure, panels = plt.subplots(len(rows), 1, squeeze=False, layout="constrained",
-                                  figsize=(max(8, 1.6 * longest), 0.6 + 3 * len(rows)))
-    width, nothing = 0.8 / (len(PAPER) + 1), [float("nan")] * 3
-    for panel, (unit, columns) in zip(panels[:, 0], rows, strict=True):
+    rows = [percent[at:at + 7] for at in range(0, len(percent), 7)]
+    rows += [points] if (points := [column for column in found if column not in percent]) else []
+    size = (max(8, 1.6 * max(map(len, rows))), 0.6 + 3 * len(rows))
+    figure, panels = plt.subplots(len(rows), 1, squeeze=False, layout="constrained", figsize=size)
+    width = 0.8 / (len(PAPER) + 1)
+    # A long path would push the legend's other names out.
+    short = ours if len(ours) <= 24 else f"...{ours[-21:]}"
+    for panel, columns in zip(panels[:, 0], rows, strict=True):
         for place, model in enumerate([*PAPER, ours]):
             paper = dict(zip(TABLE_COLUMNS, ([v] * 3 for v in PAPER.get(model, ())), strict=False))
             values = [(paper or found).get(column, nothing) for column in columns]
             at = [index + (place - len(PAPER) / 2) * width for index in range(len(columns))]
-            colour = plt.cm.Blues(0.35 + 0.15 * place) if paper else "tab:orange"
-            # A long path would push the legend's other names out.
-            label = f"{model} (paper)" if paper else ours if len(ours) <= 24 else f"...{ours[-21:]}"
-            heights, tops = [v[0] for v in values], [max(v[0], v[2]) for v in values]
-            panel.bar(at, heights, width * 0.92, color=colour, label=label)
-            if not paper:
-                errors = [[max(0, v[0] - v[1]) for v in values],
-                          [top - height for top, height in zip(tops, heights, strict=True)]]
-                panel.errorbar(at, heights, errors, fmt="none", ecolor="black", elinewidth=1,
-                               capsize=2)
-            for x, top, height in zip(at, tops, heights, strict=True):
-                if height == height:  # the paper has no such number: NaN
-                    panel.annotate(f"{height:.0f}", (x, top), xytext=(0, 2), fontsize=7,
-                                   textcoords="offset points", ha="center")
+            errors = [[max(0, v[0] - v[1]) for v in values], [max(0, v[2] - v[0]) for v in values]]
+            bars = panel.bar(at, [v[0] for v in values], width * 0.92,
+                             color=plt.cm.Blues(0.35 + 0.15 * place) if paper else "tab:orange",
+                             label=f"{model} (paper)" if paper else short,
+                             yerr=None if paper else errors, error_kw={"capsize": 2})
+            panel.bar_label(bars, [f"{v[0]:.0f}" if v[0] == v[0] else "" for v in values],
+                            padding=2, fontsize=7)
         panel.set_xticks(range(len(columns)), columns)
-        panel.set_xlim(-0.6, (len(columns) if unit == "points" else longest) - 0.4)
-        panel.set_ylabel(unit)
+        panel.set_xlim(-0.6, (len(columns) if columns[0] not in percent else len(rows[0])) - 0.4)
+        panel.set_ylabel("points" if columns[0] not in percent else "percent")
         panel.margins(y=0.1)
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center",

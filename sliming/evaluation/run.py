@@ -2,10 +2,8 @@
 
     python -m sliming.evaluation --checkpoint out/stage3
     python -m sliming.evaluation --checkpoint out/stage3 --data questions.json --images folder
-    python -m sliming.evaluation --checkpoint out/stage3 --benchmark mathvision pope \\
+    torchrun --nproc_per_node 8 -m sliming.evaluation --benchmark mathvision pope \\
         --data testmini.jsonl coco --images MATH-V val2014
-    torchrun --nproc_per_node 8 -m sliming.evaluation --benchmark gqa \\
-        --data testdev_balanced_questions.json --images images
     python -m sliming.evaluation --score-only out/eval/pope.jsonl
     python -m sliming.evaluation --score-only answers.jsonl --benchmark pope --data coco
 
@@ -33,14 +31,7 @@ from tqdm import tqdm
 from sliming.chat import IMAGE
 from sliming.data import RecordFile, load_sample
 from sliming.distributed import barrier, choose_dtype, is_main, rank_and_world, rank_device, reduce
-from sliming.evaluation.answers import (
-    answers_file,
-    collect,
-    header_of,
-    imported,
-    is_llavas,
-    read_answers,
-)
+from sliming.evaluation import answers
 from sliming.evaluation.benchmarks import BENCHMARKS, find, locate, read_questions
 from sliming.evaluation.question import Question
 from sliming.evaluation.report import columns_of, report, result, say
@@ -82,8 +73,8 @@ def record_accuracy(model: SliME, records: Sequence[dict], folder: Path, batch_s
 
 def answer_batch(model: SliME, samples: list[Sample], max_new_tokens: int) -> list[str]:
     """The greedy answers to samples, the same as one by one."""
-    answers = model.generate_batch(samples, max_new_tokens=max_new_tokens)
-    return [model.tokenizer.decode(ids).strip() for ids in answers]
+    said = model.generate_batch(samples, max_new_tokens=max_new_tokens)
+    return [model.tokenizer.decode(ids).strip() for ids in said]
 
 
 def to_sample(model: SliME, question: Question, folder: Path) -> Sample:
@@ -107,7 +98,7 @@ def answer_benchmark(model: SliME, name: str, questions: list[Question], images:
     def read(start: int) -> list[Sample]:
         return [to_sample(model, question, images) for question in todo[start:start + batch_size]]
 
-    with open(answers_file(out, name, rank), "a", encoding="utf-8") as file, \
+    with open(answers.answers_file(out, name, rank), "a", encoding="utf-8") as file, \
             ThreadPoolExecutor(1) as reader, \
             tqdm(total=len(todo), desc=name, unit="question", disable=rank > 0 or not todo,
                  mininterval=1 if sys.stderr.isatty() else 10) as bar:
@@ -165,11 +156,11 @@ def evaluate_benchmarks(arguments: argparse.Namespace) -> None:
              for name, data, images, truth in one_each(arguments)]
     out.mkdir(parents=True, exist_ok=True)
     for name, questions, images in asked:
-        header = header_of(name, questions, arguments.checkpoint)
+        header = answers.header_of(name, questions, arguments.checkpoint)
         if is_main():
-            collect(out, name, questions, header)
+            answers.collect(out, name, questions, header)
         barrier()
-        done = {row["id"]: row for row in read_answers(answers_file(out, name))[1]}
+        done = {row["id"]: row for row in answers.read_answers(answers.answers_file(out, name))[1]}
         barrier()  # until all have read, before anyone appends
         if len(done) < len(questions):
             if done and is_main():
@@ -179,7 +170,7 @@ def evaluate_benchmarks(arguments: argparse.Namespace) -> None:
                              arguments.batch_size)
         barrier()
         if is_main():
-            rows = list(collect(out, name, questions, header).values())
+            rows = list(answers.collect(out, name, questions, header).values())
             results[name] = result(name, rows, len(questions), out)
     if is_main():
         report(results, header["checkpoint"], header["weights"], out)
@@ -191,15 +182,17 @@ def score_only(arguments: argparse.Namespace) -> None:
     files, names = [Path(file) for file in arguments.score_only], arguments.benchmark or []
     results, models = {}, set()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if all(is_llavas(file) for file in files):
-        if len(names) != 1 or len(arguments.data or []) > 1 or len(arguments.truth or []) > 1:
+    llavas = [answers.is_llavas(file) for file in files]
+    if any(llavas):
+        few = len(arguments.data or []) <= 1 and len(arguments.truth or []) <= 1
+        if not all(llavas) or len(names) != 1 or not few:
             raise RecordError("answers in LLaVA's form need the one --benchmark that they answer, "
-                              "and at most one --data and --truth")
+                              "at most one --data and --truth, and no file of ours beside them")
         (data,), (truth,) = ([Path(file) for file in given or []] or [None]
                              for given in (arguments.data, arguments.truth))
-        found = [(files[0], *imported(names[0], files, data, truth))]
+        found = [(files[0], *answers.imported(names[0], files, data, truth))]
     else:
-        found = [(file, *read_answers(file)) for file in files]
+        found = [(file, *answers.read_answers(file)) for file in files]
     for file, header, rows in found:
         if not rows:
             raise RecordError(f"{file}: no answers in it")

@@ -430,8 +430,10 @@ def test_bad_runs_end_with_one_line_and_keep_what_is_answered(tabmwp, checkpoint
     assert "answers of another benchmark, tabmwp, not pope" in \
         fails("--benchmark", "pope", "--score-only", file)
     assert "line 1: broken JSON" in fails("--score-only", table)
-    assert "not a file of answers" in \
-        fails("--score-only", write(tmp_path / "some.jsonl", [{"id": 1}] * 2, lines=True))
+    other = tmp_path / "some.jsonl"
+    other.write_text('{"id": 1}')
+    assert "not a file of answers" in fails("--score-only", other)
+    assert other.read_text() == '{"id": 1}'  # what is not ours stays as it is
     assert "cannot be read" in fails("--score-only", tmp_path / "absent.jsonl")
 
     kept = file.read_bytes()
@@ -617,6 +619,9 @@ def test_answers_in_llavas_form_find_their_questions(tmp_path, command, fails):
     assert "the gold answers are in" in refused(by_id[0], benchmark="gqa")
     assert "unknown benchmark" in refused(by_id[0], benchmark="pop")
     assert "need the one --benchmark" in fails("--score-only", answers(by_id[0]))
+    ours = answered(tmp_path, "pope", row("1", "no", "no"))
+    assert "no file of ours beside them" in \
+        fails("--score-only", ours, answers(by_id[0]), "--benchmark", "pope")
     assert "name the benchmark's own file with --data" in \
         fails("--score-only", answers(by_id[0]), "--benchmark", "pope")
 
