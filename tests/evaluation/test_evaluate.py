@@ -702,9 +702,10 @@ def test_mmbench_test_set_becomes_a_workbook(tmp_path, command, fails, monkeypat
     monkeypatch.undo()
     openpyxl = pytest.importorskip("openpyxl")
     benchmarks.write_submission(BENCHMARKS["mmbench"].submit(rows), tmp_path / "s.xlsx")
-    cells = list(openpyxl.load_workbook(tmp_path / "s.xlsx").active.values)
-    assert cells == [("index", "question", "A", "B", "C", "D", "prediction"),
-                     (7, "Wh\nich?", "cat", "犬", None, None, "=A & <b>")]
+    sheet = openpyxl.load_workbook(tmp_path / "s.xlsx").active
+    assert sheet["G2"].data_type == "s"  # text, not a formula
+    assert list(sheet.values) == [("index", "question", "A", "B", "C", "D", "prediction"),
+                                  (7, "Wh\nich?", "cat", "犬", None, None, "=A & <b>")]
 
 
 def test_a_file_of_answers_names_its_weights(checkpoint, tmp_path):
