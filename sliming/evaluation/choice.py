@@ -160,7 +160,7 @@ class MMMU(Benchmark):
     where it finds no option; so does this, always the same for the same question."""
 
     name, column, form = "mmmu", "MMMU-v", OPTION_LETTER
-    open_form = SINGLE_WORD
+    open_form, gold = SINGLE_WORD, (str, list)
     data = "validation-00000-of-00001.parquet of every subject"
 
     def read(self, path: Path, truth: Path | None) -> Iterator[Question]:

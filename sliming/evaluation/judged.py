@@ -55,6 +55,9 @@ class LlavaBench(Benchmark):
         parts = {part: 100 * ratio(*split(values)[:2]) for part, values in sums.items()}
         return {"n": n, "parts": parts, "table": {self.column: 100 * ratio(ours, theirs)}}
 
+    def parts(self, numbers: dict) -> list[tuple]:
+        return [("category", *part, "") for part in numbers["parts"].items()]
+
     def submit(self, rows: list[dict]) -> list[dict]:
         return [{"question_id": row["context"]["question_id"], "prompt": row["prompt"],
                  "text": row["prediction"], "answer_id": row["id"], "model_id": "sliming",

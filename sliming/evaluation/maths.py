@@ -13,7 +13,9 @@ from sliming.latex import plain_math, same_value
 
 # ----------------------------------------------------------------------------------- MathVision
 
-PHRASES = ("he final answer is", "he answer is", "he correct answer is", "he answer should be")
+FLAGS = [first + phrase for phrase in (
+    "he final answer is", "he answer is", "he correct answer is", "he answer should be")
+    for first in "tT"]
 
 
 def mathvision_answer(prediction: str) -> str:
@@ -29,12 +31,9 @@ def mathvision_answer(prediction: str) -> str:
     if number(tail) is not None:
         text = tail
     if "oxed{" not in text:
-        for phrase in PHRASES:
-            for flag in ("t" + phrase, "T" + phrase):
-                if flag in text:
-                    text = text.split(flag)[-1].strip().split("\n")[0].split(". ")[0]
-                else:
-                    text = text.strip()
+        for flag in FLAGS:
+            if flag in text:
+                text = text.split(flag)[-1].strip().split("\n")[0].split(". ")[0].strip()
     elif text.count("oxed{") > 1:
         text = "\\boxed{" + text.split("oxed{")[-1]
     text = plain_math(text)
@@ -59,6 +58,9 @@ class MathVision(Benchmark):
             yield Question(row.id, self.ask(row.question, () if shown else row.options, "({}) {}"),
                            [(row.image, PurePosixPath(row.image).name)], row.letter or row.answer,
                            {**context, "id": row.id, "options": row.options})
+
+    def remark(self, asked: int, left_out: int) -> str:
+        return "the paper's numbers are those of testmini, its 304 questions" * (asked > 304)
 
     def score(self, prediction: str, references: str, context: dict) -> float:
         answer, options = mathvision_answer(prediction), context.get("options")
@@ -120,6 +122,7 @@ class MathVista(Benchmark):
     name, column, answer_tokens, submission = "mathvista", "MathVista", 1024, ".json"
     data, truth = "testmini.json (on the hub annot_testmini.json)", ("query.json",)
     by = ("task", "category", "context", "grade", "skills", "source", "language")
+    decides, submits_always = "the official extraction and judge", True
     fields = ("pid", "question", "image", "choices", "unit", "precision", "answer", "metadata",
               "question_type", "answer_type")
 
@@ -146,6 +149,14 @@ class MathVista(Benchmark):
     def groups(self, context: dict) -> dict[str, object]:
         return super().groups(context.get("metadata") or {})
 
+    def parts(self, numbers: dict) -> list[tuple]:
+        return [("answers", "without extraction", numbers["acc"], numbers["n"]),
+                *super().parts(numbers)]
+
+    def remark(self, asked: int, left_out: int) -> str:
+        return (f"{left_out} answers need a language model to extract them and are not scored; "
+                "the accuracy is that of the others") if left_out else ""
+
     def submit(self, rows: list[dict]) -> dict:
         """The input of MathVista's extract_answer.py."""
         return {row["id"]: {**row["context"], "pid": row["id"], "response": row["prediction"]}
@@ -161,6 +172,7 @@ class MathVerse(Benchmark):
 
     name, column, answer_tokens, submission = "mathverse", "MathVerse", 1024, ".json"
     data, by = "testmini.json", ("problem_version", "subject", "subfield")
+    decides, submits_always = "the official extraction and judge", True
 
     def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """testmini.json; the prompt is query_wo. The text-only version has an empty `image`."""
@@ -169,6 +181,10 @@ class MathVerse(Benchmark):
             image = row.get("image")
             images = [(image, f"images/{image}")] if image else []
             yield Question(str(key), text, images, answer, {"row": row})
+
+    def remark(self, asked: int, left_out: int) -> str:
+        return ("scored is string equality; the paper's numbers need a language model to extract "
+                "answers and another to compare them")
 
     def score(self, prediction: str, references: str, context: dict) -> float:
         return float(prediction == references)

@@ -26,11 +26,9 @@ def score(benchmark: str, prediction: str, references: str | list[str],
     if not isinstance(prediction, str):
         raise ValueError(f"{benchmark}: a prediction must be text, "
                          f"not {type(prediction).__name__}")
-    if task.several and (not isinstance(references, list) or not references):
-        raise ValueError(f"{benchmark}: references must be the list of the annotators' answers, "
-                         f"not {references!r}")
-    if not task.several and not isinstance(references, (str, list) if benchmark == "mmmu" else str):
-        raise ValueError(f"{benchmark}: the gold answer must be text, not {references!r}")
+    if not isinstance(references, task.gold) or references == []:
+        wanted = "text" if str in task.gold else "the list of the annotators' answers"
+        raise ValueError(f"{benchmark}: the gold answer must be {wanted}, not {references!r}")
     try:
         return task.score(prediction, references, context)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:

@@ -47,10 +47,12 @@ class Benchmark:
     data = ""                    # the official file(s)
     truth: tuple[str, ...] = ()  # names of a second one, looked for beside it and one folder up
     answer_tokens = 128          # at most
-    several = False              # the gold answer is a list: what each annotator said
+    gold: tuple[type, ...] = (str,)  # what a gold answer is: text, or a list of annotators' answers
     by: tuple[str, ...] = ()     # fields of the context by which accuracy is given, too
     judge = ""                   # who decides, where nothing is scored here
     submission = ""              # ending of the file that a server or judge takes
+    decides = "the official server: gold answers are not in the data"  # where nothing is scored
+    submits_always = False       # even where answers are scored here
 
     def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """The questions of the official file; `truth` is the second one, where there is one."""
@@ -84,6 +86,15 @@ class Benchmark:
     def groups(self, context: dict) -> dict[str, object]:
         """{field: value or list of values} by which accuracy is given, too."""
         return {field: context[field] for field in self.by if context.get(field) is not None}
+
+    def parts(self, numbers: dict) -> list[tuple]:
+        """(field, part, score, n) of the second table."""
+        return [(field, part, value["acc"], value["n"])
+                for field, parts in numbers.get("by", {}).items() for part, value in parts.items()]
+
+    def remark(self, asked: int, left_out: int) -> str:
+        """What has to be known about the numbers: of `asked` questions, so many are not scored."""
+        return ""
 
     def submit(self, rows: list[dict]) -> object:
         """The content of the file that a server or judge takes, from rows of answers."""

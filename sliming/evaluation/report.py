@@ -49,23 +49,18 @@ def result(name: str, rows: list[dict], asked: int, out: Path) -> dict:
     benchmark, usable = find(name), scored(name, rows)
     numbers = aggregate(name, usable) if usable else {"table": {}}
     interval = bootstrap(name, usable) if usable else {}
+    left_out = len(rows) - len(usable)
+    if usable and left_out:
+        numbers["n_left_out"] = left_out
     if len(rows) < asked:
         say(f"{name}: {len(rows)} of {asked} questions are answered")
-    if name == "mathvision" and asked > 304:
-        say("mathvision: the paper's numbers are those of testmini, its 304 questions")
-    if name == "mathvista" and len(usable) < len(rows):
-        numbers["n_needs_judge"] = len(rows) - len(usable)
-        say(f"mathvista: {len(rows) - len(usable)} of {len(rows)} answers need a language model "
-            "to extract them and are not scored; its accuracy is that of the others")
-    if name == "mathverse":
-        say("mathverse: scored is string equality; the paper's numbers need a language model to "
-            "extract answers and another to compare them")
-    if benchmark.submission and (not usable or name in ("mathvista", "mathverse")):
+    if remark := benchmark.remark(asked, left_out):
+        say(f"{name}: {remark}")
+    if benchmark.submission and (not usable or benchmark.submits_always):
         path = out / f"{name}_submission{benchmark.submission}"
         write_submission(benchmark.submit(rows), path)
-        who = benchmark.judge or ("the official extraction and judge" if name.startswith("math")
-                                  else "the official server: gold answers are not in the data")
-        say(f"{name}: decided by {who}; the answers for it are in {path}")
+        say(f"{name}: decided by {benchmark.judge or benchmark.decides}; the answers for it are "
+            f"in {path}")
     return {"n": len(rows), "of": asked, "numbers": numbers,
             "columns": {column: [value, *interval[column]]
                         for column, value in numbers["table"].items()}}
@@ -91,27 +86,13 @@ def markdown(results: dict[str, dict], ours: str) -> str:
         lines.append(f"| {model} (paper) | {' | '.join(cells)} |")
     cells = [f"{value:.1f} [{low:.1f}, {high:.1f}]" for value, low, high in found.values()]
     lines.append(f"| {ours} | {' | '.join(cells)} |")
-    parts = [row for name, one in results.items() for row in part_rows(name, one["numbers"])]
+    parts = [(name, *part) for name, one in results.items() if one["columns"]
+             for part in find(name).parts(one["numbers"])]
     if parts:
-        lines += ["", "| benchmark | by | part | score | n |", "|---|---|---|---:|---:|", *parts]
+        lines += ["", "| benchmark | by | part | score | n |", "|---|---|---|---:|---:|"]
+    lines += [f"| {name} | {field} | {part} | {score:.1f} | {n} |"
+              for name, field, part, score, n in parts]
     return "\n".join(lines)
-
-
-def part_rows(name: str, numbers: dict) -> list[str]:
-    """The second table's rows of a benchmark: its own parts, then accuracy by subject and so on."""
-    rows = [("part", part, part_score(name, value), value.get("n", "") if isinstance(value, dict)
-             else "") for part, value in numbers.get("parts", {}).items() if part]
-    rows += [("category", *pair, "") for pair in numbers.get("categories", {}).items()]
-    if "n_needs_judge" in numbers and numbers["table"]:
-        rows += [("answers", "scored, as they need no extraction", numbers["acc"], numbers["n"])]
-    rows += [(field, group, value["acc"], value["n"])
-             for field, groups in numbers.get("by", {}).items() for group, value in groups.items()]
-    return [f"| {name} | {field} | {part} | {score:.1f} | {n} |" for field, part, score, n in rows]
-
-
-def part_score(name: str, value: dict | float) -> float:
-    """POPE's and AMBER's parts by F1 (POPE's is a fraction), LLaVA-Bench's are numbers."""
-    return value if not isinstance(value, dict) else value["f1"] * (100 if name == "pope" else 1)
 
 
 def plot(results: dict[str, dict], ours: str, path: Path) -> None:

@@ -92,7 +92,7 @@ def agreement(answer: str, references: list[str]) -> float:
 class TextVQA(Benchmark):
     """Soft accuracy (yfzhang114/SliME llava/eval/m4c_evaluator.py)."""
 
-    name, column, form, several = "textvqa", "VQA-T", SINGLE_WORD, True
+    name, column, form, gold = "textvqa", "VQA-T", SINGLE_WORD, (list,)
     data, truth = "llava_textvqa_val_v051_ocr.jsonl", ("TextVQA_0.5.1_val.json",)
 
     def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
@@ -115,23 +115,23 @@ class TextVQA(Benchmark):
 class VQAv2(Benchmark):
     """Soft accuracy (GT-Vision-Lab/VQA vqaEval.py); for the test set EvalAI's file."""
 
-    name, column, form, several = "vqav2", "VQAv2", SINGLE_WORD, True
+    name, column, form, gold = "vqav2", "VQAv2", SINGLE_WORD, (list,)
     data = "llava_vqav2_mscoco_test-dev2015.jsonl or v2_OpenEnded_mscoco_val2014_questions.json"
     truth, submission = ("v2_mscoco_val2014_annotations.json",), ".json"
 
     def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """v2_OpenEnded_mscoco_val2014_questions.json with annotations, or LLaVA's test file."""
-        content, gold = load(path), {}
+        content, answers = load(path), {}
         if truth is not None:
             for _, row in entries(load(truth)["annotations"], truth):
                 key, given = need(row, "question_id", "answers")
-                gold[str(key)] = [answer["answer"] for answer in given]
+                answers[str(key)] = [answer["answer"] for answer in given]
         subset = content.get("data_subtype", "val2014") if isinstance(content, dict) else ""
         fields = ("question", "image_id") if subset else ("text", "image")
         for _, row in entries(content["questions"] if subset else content, path):
             key, text, image = need(row, "question_id", *fields)
             image = f"COCO_{subset}_{image:012d}.jpg" if subset else image
-            yield Question(str(key), self.ask(text), [(image,)], gold.get(str(key)), {})
+            yield Question(str(key), self.ask(text), [(image,)], answers.get(str(key)), {})
 
     def score(self, prediction: str, references: list[str], context: dict) -> float:
         prediction, references = one_line(prediction), [one_line(text) for text in references]

@@ -93,6 +93,9 @@ class MME(Benchmark):
         return {**add, "categories": categories, "n": n,
                 "table": {f"MME-{name[0].upper()}": value for name, value in add.items()}}
 
+    def parts(self, numbers: dict) -> list[tuple]:
+        return [("category", *part, "") for part in numbers["categories"].items()]
+
 
 # ----------------------------------------------------------------------------------------- POPE
 
@@ -152,6 +155,10 @@ class POPE(Benchmark):
         return {**means, "n": sum(part["n"] for part in parts.values()), "parts": parts,
                 "table": {self.column: 100 * means["f1"]}}
 
+    def parts(self, numbers: dict) -> list[tuple]:
+        return [("part", part, 100 * value["f1"], value["n"])
+                for part, value in numbers["parts"].items() if part]
+
 
 # ---------------------------------------------------------------------------------------- AMBER
 
@@ -201,6 +208,10 @@ class Amber(Benchmark):
                  for part, values in parts.items()}
         total = self.rates(whole, 0.0001)
         return {**total, "parts": rates, "table": {self.column: total["f1"]}}
+
+    def parts(self, numbers: dict) -> list[tuple]:
+        return [("kind", kind, value["f1"], value["n"])
+                for kind, value in numbers["parts"].items()]
 
     @staticmethod
     def rates(values: np.ndarray, small: float) -> dict:

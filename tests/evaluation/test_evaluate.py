@@ -635,7 +635,7 @@ def test_a_judges_reviews_become_ratios(tmp_path, command, fails):
     numbers = numbers_of(tmp_path, "llava_bench")
     assert numbers["table"] == {"LLaVA-W": pytest.approx(100 * 20 / 23)}
     assert numbers["parts"]["llava_bench_conv"] == pytest.approx(100 * 15 / 18)
-    assert "| llava_bench | part | llava_bench_detail | 100.0 |" in out
+    assert "| llava_bench | category | llava_bench_detail | 100.0 |" in out
     bad = write(tmp_path / "bad.jsonl", [{**reviews[0], "content": "good"}], lines=True)
     assert "line 1: the review of question 0 does not begin with a line of two numbers" in \
         fails("--score-only", bad, "--benchmark", "llava_bench")
@@ -685,9 +685,9 @@ def test_mathvista_scores_no_answer_that_needs_extraction(tmp_path, command):
     made = json.loads((tmp_path / "mathvista_submission.json").read_text())
     assert made["1"]["response"] == "It is the second" and len(made) == 7
     numbers = numbers_of(tmp_path, "mathvista")
-    assert (numbers["correct"], numbers["n"], numbers["n_needs_judge"]) == (3, 4, 3)
-    assert "3 of 7 answers need a language model" in err
-    assert "| mathvista | answers | scored, as they need no extraction | 75.0 | 4 |" in out
+    assert (numbers["correct"], numbers["n"], numbers["n_left_out"]) == (3, 4, 3)
+    assert "3 answers need a language model" in err
+    assert "| mathvista | answers | without extraction | 75.0 | 4 |" in out
     nothing = answered(tmp_path, "mathvista", *[row(str(n), "I do not know.", "13", **kind)
                                                for n in range(9)])
     assert command("--score-only", nothing, "--out", tmp_path / "nothing")[0] == ""
