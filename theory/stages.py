@@ -29,7 +29,6 @@ Shapes: R = seeds x rates runs; B images; P crops; L patches; F features; D toke
 crop; M values. Rates are per update; losses are mean squared errors of values +-1.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass
@@ -150,7 +149,7 @@ def update(w: dict[str, Tensor], grads: dict[str, Tensor], state: dict, rate: Te
         t, m, s = state.get(name, (0, 0.0, 0.0))
         g = g * clip
         if optimiser == "SGD":
-            t, m, step = t + 1, 0.9 * m + g, 0.9 * m + g
+            m = step = 0.9 * m + g
         else:
             t, m, s = t + 1, 0.9 * m + 0.1 * g, 0.999 * s + 0.001 * g * g
             step = m / (1 - 0.9**t) / ((s / (1 - 0.999**t)).sqrt() + 1e-8)
@@ -190,3 +189,94 @@ def train(recipe: str, optimiser: str, seeds: int, steps: int, batch: int = 32) 
     return {"recipe": recipe, "optimiser": optimiser, "steps": steps, "rate": grid[best],
             "edge": best in (0, len(grid) - 1), "loss": test["both"][0][:, best].tolist(),
             "explained": {view: share[:, best].tolist() for view, (_, share) in test.items()}}
+
+
+# ---- What came out -------------------------------------------------------------------------------
+
+
+def interval(x: Tensor) -> tuple[float, float]:
+    """Mean of x: [n], and half its 95 % interval, by Student's t (Cornish and Fisher's expansion)."""
+    z, n = 1.959964, len(x) - 1
+    t = z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2) \
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    return float(x.mean()), float(t * x.std() / len(x) ** 0.5)
+
+
+def compare(results: list[dict]) -> list[dict]:
+    """Each result with "difference", of its loss from end to end's, paired by seed, and the scores of
+    each view alone: (mean, half the interval).
+    """
+    first = {(r["optimiser"], r["steps"]): r for r in results if r["recipe"] == RECIPES[0]}
+    rows = []
+    for r in results:
+        loss = torch.tensor(r["loss"])
+        base = torch.tensor(first[r["optimiser"], r["steps"]]["loss"])
+        rows.append(r | {"difference": interval(loss - base), "mean": float(loss.mean())}
+                    | {view: interval(torch.tensor(r["explained"][view])) for view in VIEWS})
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The comparison as Markdown."""
+    cells = [("optimiser", "updates", "recipe", "rate", "loss", "less end to end's",
+              *(f"{view} view" + " alone" * (view != "both") for view in VIEWS))]
+    for r in rows:
+        gap = "" if r["recipe"] == RECIPES[0] else "{:+.4f} ± {:.4f}".format(*r["difference"])
+        cells.append((r["optimiser"], str(r["steps"]), r["recipe"], f"{r['rate']:.2g}" + "*" * r["edge"],
+                      f"{r['mean']:.4f}", gap, *("{:.2f} ± {:.2f}".format(*r[view]) for view in VIEWS)))
+    return markdown(cells)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Three panels side by side: the paired difference in loss, and each view's use on its own."""
+    from matplotlib.figure import Figure
+
+    looks = dict(zip(RECIPES, (("#0072b2", "o"), ("#222222", "s"), ("#999999", "^"), ("#d55e00", "D")),
+                     strict=True))
+    figure = Figure(figsize=(9, 0.9 + 0.22 * len(rows)), dpi=110, layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    groups = list(dict.fromkeys((r["optimiser"], r["steps"]) for r in rows))
+    for ax, key, title in zip(axes, ("difference", "global", "local"), (
+            "test loss less end to end's", "global view alone: explained", "local view alone: explained"),
+            strict=True):
+        for i, r in enumerate(rows):
+            colour, marker = looks[r["recipe"]]
+            y = i + 1.2 * groups.index((r["optimiser"], r["steps"]))
+            ax.errorbar(r[key][0], y, xerr=r[key][1], fmt=marker, color=colour, ms=5, capsize=2,
+                        label=r["recipe"] if i < len(RECIPES) else None)
+        ax.axvline(0, color="#b0b0b0", lw=0.8, zorder=0)
+        ax.set_title(title, fontsize=10, loc="left")
+    per = len(rows) / len(groups)
+    axes[0].set_yticks([(per - 1) / 2 + (per + 1.2) * g for g in range(len(groups))],
+                       [f"{name},\n{steps} updates" for name, steps in groups])
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9,
+                  frameon=False)
+    figure.savefig(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run every recipe with both optimisers at each horizon, print, draw; returns the exit status."""
+    parser = make_parser("stages.py", __doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--seeds", type=number(int, 3, 64), default=8, help="worlds, equal for all recipes [8]")
+    add("--steps", type=number(int, 60, 100_000), nargs="+", default=[400, 1200],
+        help="updates per run, one or more horizons [400 1200]")
+    add("--out", type=file(".png", ".pdf", ".svg"), help="figure file [out/stages.png]")
+    add("--json", type=file(".json"), help="write the scores of every seed")
+    args = parser.parse_args(arguments)
+    out = args.out or file(".png")("out/stages.png")
+    rows = compare([train(recipe, optimiser, args.seeds, steps) for optimiser in RATES
+                    for steps in dict.fromkeys(args.steps) for recipe in RECIPES])
+    print(table(rows))
+    print(f"\n{args.seeds} seeds; ± half of a 95 % interval; differences are paired; a view alone: the "
+          "share of variance it explains.\n* the best rate is the first or last of its grid.")
+    draw(rows, out)
+    print(f"figure: {out}")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
