@@ -1,7 +1,6 @@
 """The bilinear problem of "Beyond LLaVA-HD" (Sec. 2.3, App. C), drawn from exactly your options.
 
     python theory/bilinear.py                             out/bilinear.png and a table, in seconds
-    python theory/bilinear.py --c .1 --eta .3             another problem, another step
     python theory/bilinear.py --tau0 .01 --eta .1 --animate walk.gif
 
 The question. The paper reads u as the adapter of SliME and v as its compression layer. It argues
@@ -33,7 +32,6 @@ iteration of any method is two products with X. Lengths and losses have no unit;
 The drawing is in pictures.py, the paper's statements one by one in verdicts.py.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -41,36 +39,24 @@ from dataclasses import asdict, dataclass
 from itertools import count, islice
 
 import numpy as np
-from program import file, make_parser, markdown, number, plain, some_of
+from program import file, make_parser, markdown, number, plain
 
 Array = np.ndarray
 Pairs = Iterator[tuple[Array, Array]]   # an update: yields (u, v), the start first
 
 FLOOR, LIMIT = 1e-12, 3000              # a run ends at this excess loss, or after this many steps
-ARRIVED = 1e-8                          # the excess loss at which a run counts as arrived
-ADAM_RATE = 0.03
+ARRIVED, ADAM_RATE = 1e-8, 0.03         # a run counts as arrived at this excess loss
 
 # ---- The problem ---------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
 class Problem:
     """c in (0, 1) and orthonormal p+, p-: [d]; all else above follows from them."""
 
-    c: float
-    p_plus: Array
-    p_minus: Array
-
-    @property
-    def sigma(self) -> tuple[float, float]:
-        """The singular values of X, larger first."""
-        return 1 + self.c, 1 - self.c
-
-    @property
-    def X(self) -> Array:
-        """a b' + b a', written in its eigenvectors: [d, d]."""
-        s1, s2 = self.sigma
-        return s1 * np.outer(self.p_plus, self.p_plus) - s2 * np.outer(self.p_minus, self.p_minus)
+    def __init__(self, c: float, p_plus: Array, p_minus: Array) -> None:
+        self.c, self.p_plus, self.p_minus = c, p_plus, p_minus
+        self.sigma = s1, s2 = 1 + c, 1 - c
+        # a b' + b a', written in its eigenvectors: [d, d]
+        self.X = s1 * np.outer(p_plus, p_plus) - s2 * np.outer(p_minus, p_minus)
 
     def loss(self, u: Array, v: Array) -> Array:
         """L(u, v): [...]."""
@@ -81,9 +67,9 @@ class Problem:
 
         With R = u v' - sigma1 p+ p+' it is (|R + sigma2 p- p-'|^2 - sigma2^2) / 2, multiplied out.
         """
-        R = u[..., :, None] * v[..., None, :] - self.sigma[0] * np.outer(self.p_plus, self.p_plus)
-        across = (u @ self.p_minus) * (v @ self.p_minus)
-        return 0.5 * (R * R).sum((-2, -1)) + self.sigma[1] * across
+        s1, s2 = self.sigma
+        R = u[..., :, None] * v[..., None, :] - s1 * np.outer(self.p_plus, self.p_plus)
+        return 0.5 * (R * R).sum((-2, -1)) + s2 * (u @ self.p_minus) * (v @ self.p_minus)
 
     def start(self, tau: float | Array, nu: float | Array) -> tuple[Array, Array]:
         """Eq. 2's start at (tau, nu), numbers or [...]: u, v, each [..., d]."""
@@ -106,12 +92,10 @@ def make_problem(c: float, d: int = 10, seed: int = 0) -> Problem:
 
 def generic_start(d: int, seed: int) -> tuple[Array, Array]:
     """u, v ~ N(0, I / d), independent: about unit length, and nothing special about them."""
-    u, v = np.random.default_rng([seed, 1]).standard_normal((2, d)) / np.sqrt(d)
-    return u, v
+    return tuple(np.random.default_rng([seed, 1]).standard_normal((2, d)) / np.sqrt(d))
 
 
 # ---- The updates ---------------------------------------------------------------------------------
-
 
 def dot(x: Array, y: Array) -> Array:
     """x.y along the last axis, kept: [..., 1]."""
@@ -151,7 +135,7 @@ def alternating(X: Array, u: Array, v: Array, omega: float = 1.0) -> Pairs:
 
 
 def heavy_ball(X: Array, u: Array, v: Array, eta: float, beta: float) -> Pairs:
-    """Momentum (Polyak 1964):  m <- beta m - eta dL,  (u, v) <- (u, v) + m."""
+    """Momentum:  m <- beta m - eta dL,  (u, v) <- (u, v) + m."""
     mu, mv = np.zeros_like(u), np.zeros_like(v)
     while True:
         yield u, v
@@ -164,8 +148,7 @@ def adam(X: Array, u: Array, v: Array, eta: float) -> Pairs:
     """Adam (Kingma and Ba 2015):  (u, v) <- (u, v) - eta m / (sqrt s + 1e-8).
 
     m and s are the running means of dL (over about 10 steps) and of dL^2 (over about 1000), each
-    divided by 1 - beta^t because it started at zero.
-    """
+    divided by 1 - beta^t because it started at zero."""
     w, m, s = np.stack([u, v]), 0.0, 0.0                                     # w: [2, ..., d]
     for t in count(1):
         yield w[0], w[1]
@@ -174,42 +157,31 @@ def adam(X: Array, u: Array, v: Array, eta: float) -> Pairs:
         w = w - eta * (m / (1 - 0.9**t)) / (np.sqrt(s / (1 - 0.999**t)) + 1e-8)
 
 
-def best_step(c: float) -> float:
-    """GD's fastest step near the optimum, where L's curvature lies between 2c and 2 sigma1."""
-    return 1 / (1 + 2 * c)
+def tuned(c: float) -> dict[str, float]:
+    """The best constants for a known c, near the optimum, where L's curvature h lies between 2c and
+    2 sigma1: GD's "step"; "omega" of over-relaxation for two unknowns of coupling rho (Young 1954);
+    heavy ball's "eta" and "beta" (Polyak 1964)."""
+    rho, low, high = (1 - c) / (1 + c), np.sqrt(2 * c), np.sqrt(2 * (1 + c))
+    return {"step": 1 / (1 + 2 * c), "omega": 2 / (1 + np.sqrt(1 - rho * rho)),
+            "eta": (2 / (low + high)) ** 2, "beta": ((high - low) / (high + low)) ** 2}
 
 
-def best_relaxation(c: float) -> float:
-    """Young's omega (1954) for two coupled unknowns of coupling rho."""
-    rho = (1 - c) / (1 + c)
-    return 2 / (1 + np.sqrt(1 - rho * rho))
-
-
-def best_momentum(c: float) -> tuple[float, float]:
-    """Polyak's (eta, beta) for curvatures between 2c and 2 sigma1."""
-    low, high = np.sqrt(2 * c), np.sqrt(2 * (1 + c))
-    return (2 / (low + high)) ** 2, ((high - low) / (high + low)) ** 2
-
-
-Update = Callable[[Problem, Array, Array, float], Pairs]
-METHODS: dict[str, Update] = {
+METHODS: dict[str, Callable[[Problem, Array, Array, float], Pairs]] = {
     "gd": lambda p, u, v, eta: gradient_descent(p.X, u, v, eta),
     "sequential": lambda p, u, v, eta: sequential_descent(p.X, u, v, eta),
     "ao": lambda p, u, v, _: alternating(p.X, u, v),
     # these two are told c, which nobody knows of a network
-    "over-relaxed": lambda p, u, v, _: alternating(p.X, u, v, best_relaxation(p.c)),
-    "heavy-ball": lambda p, u, v, _: heavy_ball(p.X, u, v, *best_momentum(p.c)),
+    "over-relaxed": lambda p, u, v, _: alternating(p.X, u, v, tuned(p.c)["omega"]),
+    "heavy-ball": lambda p, u, v, _: heavy_ball(p.X, u, v, tuned(p.c)["eta"], tuned(p.c)["beta"]),
     "adam": lambda p, u, v, _: adam(p.X, u, v, ADAM_RATE),
 }
 
 # ---- What theory says ----------------------------------------------------------------------------
 
-
 def field(c: float, tau: Array, nu: Array) -> tuple[Array, Array]:
     """(tau', nu') of Eq. 6, which is GD for eta -> 0 with the time t = eta x iterations:
 
-    tau' = (sigma1 - n) tau,   nu' = (sigma2 - n) nu,   n = |u|^2 = sigma1 tau^2 + sigma2 nu^2
-    """
+    tau' = (sigma1 - n) tau,   nu' = (sigma2 - n) nu,   n = |u|^2 = sigma1 tau^2 + sigma2 nu^2"""
     n = (1 + c) * tau**2 + (1 - c) * nu**2
     return (1 + c - n) * tau, (1 - c - n) * nu
 
@@ -220,8 +192,7 @@ def flow(c: float, tau0: float, nu0: float, t: Array) -> tuple[Array, Array]:
     Delta^2 = 1 + tau0^2 (e^{2 sigma1 t} - 1) + nu0^2 (e^{2 sigma2 t} - 1).
 
     Both equations become Delta' / Delta = n, and that integrates. So tau / nu grows as e^{2ct} from
-    the first moment to the last: the part along the optimum is never lost, only late if small.
-    """
+    the first moment to the last: the part along the optimum is never lost, only late if small."""
     s1, s2 = 1 + c, 1 - c
     delta = np.sqrt(1 + tau0**2 * np.expm1(2 * s1 * t) + nu0**2 * np.expm1(2 * s2 * t))
     return tau0 * np.exp(s1 * t) / delta, nu0 * np.exp(s2 * t) / delta
@@ -232,8 +203,7 @@ def pair(e_u: float, e_v: float, s: float, sequential: bool) -> Array:
 
     Near a fixed point  du <- (1 - e_u) du + s dv,  dv <- (1 - e_v) dv + s du,  where for GD
     e_u = eta |v|^2, e_v = eta |u|^2 and s is eta times the pair's singular value. Both at once this
-    is Jacobi's matrix; with dv first and du from the new dv, it is Gauss and Seidel's.
-    """
+    is Jacobi's matrix; with dv first and du from the new dv, it is Gauss and Seidel's."""
     J = np.array([[1 - e_u, s], [s, 1 - e_v]])
     if sequential:
         J[0] = [1 - e_u + s * s, s * (1 - e_v)]
@@ -245,8 +215,7 @@ def rates(c: float, eta: float, k: float = 1.0) -> dict[str, tuple[float, float]
     and of the distance from the saddle. The excess loss falls with the tail's square.
 
     k = |u| / |v| where the run ends: GD pays for an imbalance, AO does not see it. AO is sequential
-    GD with the steps 1 / |u|^2 and 1 / |v|^2, so that e = 1; over-relaxed AO has e = omega.
-    """
+    GD with the steps 1 / |u|^2 and 1 / |v|^2, so that e = 1; over-relaxed AO has e = omega."""
     s1, s2 = 1 + c, 1 - c
 
     def tail(eta: float, k: float, sequential: bool) -> Array:
@@ -259,17 +228,16 @@ def rates(c: float, eta: float, k: float = 1.0) -> dict[str, tuple[float, float]
     def escape(eta: float, sequential: bool) -> float:
         return np.abs(pair(eta * s2, eta * s2, eta * s1, sequential)).max()
 
-    def ball(factor: float, beta: float) -> float:
-        # momentum turns a factor f of GD into the roots of g^2 - (beta + f) g + beta
-        return np.abs(np.roots([1, -(beta + factor), beta])).max()
-
-    omega, (step, beta) = best_relaxation(c), best_momentum(c)
-    slow = 1 - step * np.array([2 * c, 2 * s1])              # GD's two extreme factors at that step
+    best = tuned(c)
+    omega, beta = best["omega"], best["beta"]
+    # momentum turns a factor f of GD into the roots of g^2 - (beta + f) g + beta; at the optimum
+    # Polyak's constants make the extreme ones double roots, of modulus sqrt beta
+    ball = np.roots([1, -(beta + escape(best["eta"], False)), beta])
     return {"gd": (tail(eta, k, False).max(), escape(eta, False)),
             "sequential": (tail(eta, k, True).max(), escape(eta, True)),
             "ao": (tail(1 / s1, 1, True).max(), escape(1 / s2, True)),
             "over-relaxed": (tail(omega / s1, 1, True).max(), escape(omega / s2, True)),
-            "heavy-ball": (max(ball(f, beta) for f in slow), ball(escape(step, False), beta))}
+            "heavy-ball": (np.sqrt(beta), ball.max())}
 
 
 def derived_curve(curve: Array, tail: float, leaves: float | None, gap: float) -> Array | None:
@@ -277,8 +245,7 @@ def derived_curve(curve: Array, tail: float, leaves: float | None, gap: float) -
 
     leaves is given near the saddle, and nothing is fitted there: the level `gap` until then, and
     from then on a fall by tail^2. Elsewhere the slope alone is derived; the line passes through the
-    run's first point below 1e-4 of where it began.
-    """
+    run's first point below 1e-4 of where it began."""
     t, low = np.arange(len(curve)), np.flatnonzero(curve < 1e-4 * curve[0])
     if tail >= 1 or (leaves is None and len(low) == 0):
         return None
@@ -288,7 +255,6 @@ def derived_curve(curve: Array, tail: float, leaves: float | None, gap: float) -
 
 
 # ---- The experiment: every number that is drawn --------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -300,24 +266,13 @@ class Setting:
     nu0: float = 1.0
     d: int = 10
     seed: int = 0
-    methods: tuple[str, ...] = tuple(METHODS)
-
-    @property
-    def step(self) -> float:
-        """GD's step."""
-        return best_step(self.c) if self.eta is None else self.eta
-
-    def problem(self) -> Problem:
-        """The problem of this setting."""
-        return make_problem(self.c, self.d, self.seed)
+    methods: list[str] | tuple[str, ...] = tuple(METHODS)
 
 
-def race(p: Problem, name: str, start: tuple[Array, Array], eta: float, tau0: float | None = None) \
-        -> dict:
-    """One run: "excess", of iterations 0, 1, ... until FLOOR, LIMIT or a number that is not finite,
-    [T]; "arrived", the first of them at most ARRIVED, or None; "tail" and "escape", or None;
-    "derived", theory's curve, or None. tau0 is given for a start at the saddle but for that.
-    """
+def race(p: Problem, name: str, start: tuple, eta: float, tau0: float | None = None) -> dict:
+    """One run from start, a pair (u, v): [d] each. "excess", [T], of iterations 0, 1, ... until
+    FLOOR, LIMIT or a number that is not finite; "arrived", the first of them at most ARRIVED;
+    "tail", "escape" and "derived", theory's; or None. tau0 is given for starts near the saddle."""
     curve = []
     with np.errstate(all="ignore"):                     # a diverging run overflows, and ends there
         for u, v in islice(METHODS[name](p, *start, eta), LIMIT + 1):
@@ -327,11 +282,11 @@ def race(p: Problem, name: str, start: tuple[Array, Array], eta: float, tau0: fl
         k = float(np.sqrt(dot(u, u) / dot(v, v))[0]) if curve[-1] < ARRIVED else 1.0
     arrived = next((t for t, excess in enumerate(curve) if excess <= ARRIVED), None)
     tail, escape = rates(p.c, eta, k).get(name, (None, None))
-    run = {"excess": np.array(curve), "arrived": arrived, "tail": tail, "escape": escape}
     leaves = None
     if tau0 is not None and tail is not None:           # tau and nu are level after so many steps
         leaves = np.log(1 / abs(tau0)) / np.log(escape) if tau0 else np.inf
-    return run | {"derived": derived_curve(run["excess"], tail or 1, leaves, 2 * p.c)}
+    return {"excess": np.array(curve), "arrived": arrived, "tail": tail, "escape": escape,
+            "derived": derived_curve(np.array(curve), tail or 1, leaves, 2 * p.c)}
 
 
 def walk(p: Problem, name: str, tau0: float, nu0: float, eta: float, steps: int) -> Array:
@@ -350,8 +305,7 @@ def ends(c: float, tau0: float, nu0: float, eta_sigma1: Array, steps: int = 2000
 
     "loss" of the last 32 iterations, [n, 32]; "kind", [n]: 0 at rest, 1 a two-cycle, 2 a longer
     cycle or chaos, 3 diverged; "ao", the loss of AO after as many steps, a number. Eq. 2's orbits
-    stay in span(a, b), so d = 2 is enough.
-    """
+    stay in span(a, b), so d = 2 is enough."""
     p = make_problem(c, 2)
     start = p.start(tau0, nu0)
     u, v = (np.tile(x, (len(eta_sigma1), 1)) for x in start)                          # [n, 2]
@@ -369,12 +323,12 @@ def ends(c: float, tau0: float, nu0: float, eta_sigma1: Array, steps: int = 2000
 
 def experiment(setting: Setting) -> dict:
     """Everything that is drawn: the races, the walks, the ends, and what theory says of them."""
-    p, eta, tau0, nu0 = setting.problem(), setting.step, setting.tau0, setting.nu0
-    near_saddle = abs(tau0) < 0.01 and 0.9 < abs(nu0) < 1.1
+    p, tau0, nu0 = make_problem(setting.c, setting.d, setting.seed), setting.tau0, setting.nu0
+    eta = setting.eta or tuned(setting.c)["step"]
+    near_saddle = tau0 if abs(tau0) < 0.01 and 0.9 < abs(nu0) < 1.1 else None
     generic, eq2 = generic_start(setting.d, setting.seed), p.start(tau0, nu0)
-    races = {"generic": {name: race(p, name, generic, eta) for name in setting.methods},
-             "eq2": {name: race(p, name, eq2, eta, tau0 if near_saddle else None)
-                     for name in setting.methods}}
+    races = {"generic": {m: race(p, m, generic, eta) for m in setting.methods},
+             "eq2": {m: race(p, m, eq2, eta, near_saddle) for m in setting.methods}}
     # three more starts of Eq. 2's kind, one in each of the other quadrants
     rng = np.random.default_rng([setting.seed, 2])
     angle, length = np.pi / 2 * (np.arange(1, 4) + rng.random(3)), rng.uniform(0.2, 1.4, 3)
@@ -386,11 +340,10 @@ def experiment(setting: Setting) -> dict:
 
 # ---- The program ---------------------------------------------------------------------------------
 
-
 def table(results: dict) -> str:
     """Iterations from both starts; the tail's factor at the generic one, derived and measured."""
     rows = [("method", "generic start", "Eq. 2's start", "tail, derived", "tail, measured")]
-    for name in results["setting"]["methods"]:
+    for name in results["races"]["eq2"]:
         runs = [results["races"][kind][name] for kind in ("generic", "eq2")]
         fall, tail = runs[0]["excess"], runs[0]["tail"]
         fall = fall[fall < 1e-4]
@@ -417,8 +370,10 @@ def notes(results: dict) -> list[str]:
     return said
 
 
-def parse_arguments(arguments: list[str] | None) -> tuple[Setting, argparse.Namespace]:
-    """The command line; a wrong value ends in one line and exit status 2."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; returns the exit status, 2 with one line for a wrong value."""
+    from pictures import animate, draw, save
+
     parser, default = make_parser("bilinear.py", __doc__.split("\n")[0]), Setting()
     add = parser.add_argument
     add("--c", type=number(float, 0.001, 0.99), help=f"a.b; if negative, reverse b [{default.c}]")
@@ -427,35 +382,26 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Setting, argparse.Name
     add("--nu0", type=number(float, -10, 10), help=f"Eq. 2's start, along p- [{default.nu0:g}]")
     add("--d", type=number(int, 2, 100), help=f"dimension [{default.d}]")
     add("--seed", type=number(int, 0, 10**6), help=f"of all that is random [{default.seed}]")
-    add("--methods", type=some_of(METHODS), help=f"panel 1's, of {','.join(METHODS)} [all]")
+    add("--methods", choices=METHODS, nargs="+", help="those of panel 1 [all]")
     add("--out", type=file(".png", ".pdf", ".svg"), help="the figure [out/bilinear.png]")
     add("--json", type=file(".json"), help="write every number of the figure, too")
     add("--animate", type=file(".gif"), help="write a film of panel 2, too")
+    parser.set_defaults(**asdict(default))
     args = parser.parse_args(arguments)
-    chosen = {key: getattr(args, key) for key in asdict(default)}
-    setting = Setting(**{key: x for key, x in chosen.items() if x is not None})
+    setting = Setting(**{key: getattr(args, key) for key in asdict(default)})
     if setting.tau0 == setting.nu0 == 0:
         parser.error("argument --tau0: must not be 0 with --nu0 0, where u = 0 and AO is undefined")
-    args.out = args.out or file(".png")("out/bilinear.png")
-    return setting, args
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the program; returns the exit status."""
-    from pictures import animate, draw, save
-
-    setting, args = parse_arguments(arguments)
+    out = args.out or file(".png")("out/bilinear.png")
     results = experiment(setting)
-    print(f"c = {setting.c:g}, eta = {setting.step:.4g}, d = {setting.d}, seed {setting.seed}, "
-          f"(tau0, nu0) = ({setting.tau0:g}, {setting.nu0:g}).\n"
-          f"Iterations to an excess loss of {ARRIVED:g}, and the factor of the last ones:\n")
-    print("\n\n".join([table(results), *notes(results)]))
-    save(draw(results), args.out)
+    says = "c = {c:g}, eta = {eta:.4g}, d = {d}, seed {seed}, (tau0, nu0) = ({tau0:g}, {nu0:g}).\n"
+    says += "Iterations to an excess loss of 1e-8, and the factor of the last ones:"
+    print("\n\n".join([says.format(**results["setting"]), table(results), *notes(results)]))
+    save(draw(results), out)
     if args.json:
         args.json.write_text(json.dumps(plain(results)) + "\n")
     if args.animate:
         animate(setting, args.animate)
-    print("\nwrote", ", ".join(str(path) for path in (args.out, args.json, args.animate) if path))
+    print("\nwrote", ", ".join(str(path) for path in (out, args.json, args.animate) if path))
     return 0
 
 

@@ -7,8 +7,8 @@ Ito's, which the colour-blind can tell apart); a start has one dash; theory is t
 from dataclasses import asdict
 from pathlib import Path
 
+import bilinear as lab
 import numpy as np
-from bilinear import ADAM_RATE, ARRIVED, FLOOR, LIMIT, Setting, field, race, walk
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,7 +17,7 @@ from PIL import Image
 
 LOOKS = {"gd": ("GD, step η", "#0072b2"), "sequential": ("sequential GD, step η", "#56b4e9"),
          "ao": ("AO", "#d55e00"), "over-relaxed": ("over-relaxed AO*", "#e69f00"),
-         "heavy-ball": ("heavy ball*", "#009e73"), "adam": (f"Adam, rate {ADAM_RATE}", "#cc79a7")}
+         "heavy-ball": ("heavy ball*", "#009e73"), "adam": (f"Adam at {lab.ADAM_RATE}", "#cc79a7")}
 DASHES = {"generic": ("-", "generic start"), "eq2": ("--", "Eq. 2, (τ, ν) = ({tau0:g}, {nu0:g})")}
 MARKS = {"gd": "o", "ao": "s"}
 GREY, DARK = "#b0b0b0", "#222222"
@@ -33,10 +33,10 @@ def draw_excess(ax: Axes, results: dict) -> None:
     for kind, (dashes, _) in DASHES.items():
         for name, run in races[kind].items():
             label, colour = LOOKS[name]
-            counts = ["–" if races[k][name]["arrived"] is None else races[k][name]["arrived"]
-                      for k in DASHES]
-            label = f"{label}: {counts[0]} / {counts[1]}" if kind == "generic" else None
-            ax.semilogy(np.maximum(run["excess"], FLOOR / 10), dashes, color=colour, lw=2.4,
+            counts = (races[k][name]["arrived"] for k in DASHES)
+            label += ": " + " / ".join("–" if n is None else str(n) for n in counts)
+            label = label if kind == "generic" else None                # one entry for both starts
+            ax.semilogy(np.maximum(run["excess"], lab.FLOOR / 10), dashes, color=colour, lw=2.4,
                         alpha=0.75, label=label)
             if run["derived"] is not None:
                 ax.semilogy(run["derived"], color=DARK, lw=0.7, zorder=3)
@@ -48,10 +48,10 @@ def draw_excess(ax: Axes, results: dict) -> None:
     ax.plot([], [], color=DARK, lw=0.7, label="derived rate")
     ax.axhline(2 * setting["c"], color=DARK, lw=0.8, ls=":", zorder=0, label="the saddle, 2c")
     tops = [3 * run["excess"][0] for runs in races.values() for run in runs.values()]
-    ax.set(xlim=(0, max(longest, default=LIMIT)), ylim=(FLOOR, max(10, *tops)), xlabel="iteration",
-           ylabel="excess loss", title="1  How fast: excess loss from two starts")
-    ax.legend(title=f"iterations to {ARRIVED:g},\ngeneric / Eq. 2 (* is told c)", title_fontsize=8,
-              loc="upper left", bbox_to_anchor=(1.01, 1.02))
+    ax.set(xlim=(0, max(longest, default=lab.LIMIT)), ylim=(lab.FLOOR, max(10, *tops)),
+           xlabel="iteration", ylabel="excess loss", title="1  How fast, from two starts")
+    ax.legend(title=f"iterations to {lab.ARRIVED:g},\ngeneric / Eq. 2 (* is told c)",
+              title_fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.02))
 
 
 def draw_field(ax: Axes, results: dict) -> None:
@@ -59,7 +59,7 @@ def draw_field(ax: Axes, results: dict) -> None:
     c, walks = results["setting"]["c"], results["walks"]
     size = max(1.5, 1.1 * max(np.abs(path[0]).max() for path in walks["gd"]))
     grid = np.linspace(-size, size, 41)
-    ax.streamplot(grid, grid, *field(c, *np.meshgrid(grid, grid)), color=GREY, linewidth=0.6,
+    ax.streamplot(grid, grid, *lab.field(c, *np.meshgrid(grid, grid)), color=GREY, linewidth=0.6,
                   density=0.8, arrowsize=0.7)
     for name, mark in MARKS.items():
         label, colour = LOOKS[name]
@@ -84,13 +84,13 @@ def draw_ends(ax: Axes, results: dict) -> None:
     ax.axhline(saddle, color=DARK, lw=0.8, ls=":", label="the saddle")
     ax.axvline(eta * (1 + c), color=DARK, lw=0.9, ls="--", label="η of panels 1, 2")
     top = 1.8 * max(saddle, e["loss"][bounded].max(initial=0))
-    half = (x[1] - x[0]) / 2
-    for kind, label in enumerate(KINDS):
-        here = x[e["kind"] == kind]
-        for middle in here:
-            ax.axvspan(middle - half, middle + half, color=str(1 - 0.09 * kind), lw=0, zorder=0)
+    for here in np.split(np.arange(len(x)), np.flatnonzero(np.diff(e["kind"])) + 1):
+        kind, half = e["kind"][here[0]], (x[1] - x[0]) / 2
+        first, last = x[here[0]] - half, x[here[-1]] + half
+        ax.axvspan(first, last, color=str(1 - 0.09 * kind), lw=0, zorder=0)
         if len(here) > 20:                               # wide enough for its name
-            ax.text(np.median(here), 0.98 * top, label, rotation=90, ha="center", va="top", size=8)
+            ax.text(x[here].mean(), 0.98 * top, KINDS[kind], rotation=90, ha="center", va="top",
+                    size=8)
     ax.set(xlim=(x[0], x[-1]), ylim=(0, top), xlabel="η σ₁", ylabel="loss",
            title="3  Where GD ends from Eq. 2's start")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, markerscale=4)
@@ -98,16 +98,14 @@ def draw_ends(ax: Axes, results: dict) -> None:
 
 def draw(results: dict) -> Figure:
     """The figure of three panels: 990 x 946 pixels."""
-    setting = results["setting"]
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 8.6), dpi=110, layout="constrained")
         top, bottom = figure.subfigures(2, 1)
-        left, right = bottom.subplots(1, 2)
-        draw_excess(top.subplots(), results)
-        draw_field(left, results)
-        draw_ends(right, results)
+        axes = [top.subplots(), *bottom.subplots(1, 2)]
+        for panel, ax in zip((draw_excess, draw_field, draw_ends), axes, strict=True):
+            panel(ax, results)
         title = "c = a·b = {c:g},  η = {eta:.4g},  d = {d},  seed {seed}"
-        figure.suptitle(title.format(**setting), fontsize=9)
+        figure.suptitle(title.format(**results["setting"]), fontsize=9)
     return figure
 
 
@@ -122,18 +120,19 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path)
 
 
-def animate(setting: Setting, path: Path, frames: int = 40) -> None:
+def animate(setting: lab.Setting, path: Path, frames: int = 40) -> None:
     """Write a GIF: GD and AO walk through panel 2's field from Eq. 2's start; and their losses."""
-    p, eta, start = setting.problem(), setting.step, (setting.tau0, setting.nu0)
-    curves = {name: race(p, name, p.start(*start), eta)["excess"] for name in MARKS}
+    p, start = lab.make_problem(setting.c, setting.d, setting.seed), (setting.tau0, setting.nu0)
+    eta = setting.eta or lab.tuned(setting.c)["step"]
+    curves = {name: lab.race(p, name, p.start(*start), eta)["excess"] for name in MARKS}
     steps = min(max(map(len, curves.values())), 1000)
-    walks = {name: walk(p, name, *start, eta, steps) for name in MARKS}
+    walks = {name: lab.walk(p, name, *start, eta, steps) for name in MARKS}
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 4), dpi=90, layout="constrained")
         canvas, (left, right) = FigureCanvasAgg(figure), figure.subplots(1, 2)
         draw_field(left, {"setting": asdict(setting), "walks": {m: [walks[m][:1]] for m in MARKS}})
         right.axhline(2 * setting.c, color=DARK, lw=0.8, ls=":")
-        right.set(xlim=(0, steps), ylim=(FLOOR, 30 * curves["gd"][0]), yscale="log",
+        right.set(xlim=(0, steps), ylim=(lab.FLOOR, 30 * curves["gd"][0]), yscale="log",
                   xlabel="iteration", title=f"Excess loss, c = {setting.c:g}, η = {eta:.3g}")
         trails = {name: [ax.plot([], [], "-" + mark, color=LOOKS[name][1], lw=1.6, ms=8,
                                  markevery=[-1])[0] for ax in (left, right)]

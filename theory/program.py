@@ -1,7 +1,7 @@
-"""What the three programs of theory/ share: flags with ranges, JSON, and a Markdown table."""
+"""What the programs of theory/ share: flags with ranges, JSON, and a Markdown table."""
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,12 @@ def make_parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def check(fine: bool, message: str) -> None:
+    """Raise what argparse reports as one line."""
+    if not fine:
+        raise argparse.ArgumentTypeError(message)
+
+
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a number of this kind from low to high."""
     def parse(text: str) -> float:
@@ -21,22 +27,9 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not low <= value <= high:
-            what = f"a {'whole ' * (kind is int)}number from {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+        what = f"a {'whole ' * (kind is int)}number from {low:g} to {high:g}"
+        check(low <= value <= high, f"must be {what}, not {text!r}")
         return value
-    return parse
-
-
-def some_of(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
-    """An argparse type: comma-separated words among the known ones, each once."""
-    def parse(text: str) -> tuple[str, ...]:
-        words = tuple(dict.fromkeys(text.split(",")))
-        for word in words:
-            if word not in known:
-                message = f"must be some of {','.join(known)}, not {word!r}"
-                raise argparse.ArgumentTypeError(message)
-        return words
     return parse
 
 
@@ -44,13 +37,12 @@ def file(*endings: str) -> Callable[[str], Path]:
     """An argparse type: a file with one of these endings, in a folder that is made if need be."""
     def parse(text: str) -> Path:
         path = Path(text)
-        if path.suffix.lower() not in endings:
-            raise argparse.ArgumentTypeError(f"must end in {' or '.join(endings)}, not {text!r}")
+        check(path.suffix.lower() in endings, f"must end in {' or '.join(endings)}, not {text!r}")
         try:                                            # before the work, so that none is lost
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("a").close()
         except OSError as reason:
-            raise argparse.ArgumentTypeError(f"cannot write {text!r}: {reason.strerror}") from None
+            check(False, f"cannot write {text!r}: {reason.strerror}")
         return path
     return parse
 
@@ -61,9 +53,8 @@ def plain(value: object) -> object:
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
         return [plain(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
