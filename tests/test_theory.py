@@ -1,4 +1,4 @@
-"""The bilinear chapter (theory/bilinear.py, pictures.py): by hand, against plain loops, on the figure.
+"""The bilinear chapter (theory/bilinear.py, pictures.py): by hand, against loops, on the figure.
 
 The numbers by hand: d = 2, a and b at 60 degrees, so c = 1/2, sigma1 = 3/2, sigma2 = 1/2,
     a = (1, 0), b = (1/2, sqrt 3 / 2), X = [[1, sqrt 3 / 2], [sqrt 3 / 2, 0]].
@@ -21,12 +21,18 @@ import pictures  # noqa: E402
 H = np.sqrt(3) / 2
 SIXTY = lab.Problem(0.5, np.array([H, 0.5]), np.array([0.5, -H]))
 OTHER = lab.Setting(c=0.2, eta=0.3, tau0=-1e-4, nu0=1.05, d=4, seed=3)
-BLUE, SKY, RED, ORANGE, GREEN, PINK = "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#009e73", "#cc79a7"
-COLOURS = {"gd": BLUE, "sequential": SKY, "ao": RED, "over-relaxed": ORANGE, "heavy-ball": GREEN,
-           "adam": PINK}
+BLUE, RED = "#0072b2", "#d55e00"
+COLOURS = {
+    "gd": BLUE,
+    "sequential": "#56b4e9",
+    "ao": RED,
+    "over-relaxed": "#e69f00",
+    "heavy-ball": "#009e73",
+    "adam": "#cc79a7",
+}
 
 
-def by_hand(name: str, X: np.ndarray, u: np.ndarray, v: np.ndarray, eta: float, c: float, steps: int):
+def by_hand(name, X, u, v, eta, c, steps):
     """Every method as two lines with the full gradients (u v' - X) v and (v u' - X) u; the path."""
     path, mu, mv, su, sv = [(u, v)], 0, 0, 0, 0
     omega = 2 / (1 + np.sqrt(1 - ((1 - c) / (1 + c)) ** 2))
@@ -49,8 +55,12 @@ def by_hand(name: str, X: np.ndarray, u: np.ndarray, v: np.ndarray, eta: float, 
             mu, mv = beta * mu - step * gu, beta * mv - step * gv
             u, v = u + mu, v + mv
         elif name == "adam":
-            mu, mv, su, sv = (0.9 * mu + 0.1 * gu, 0.9 * mv + 0.1 * gv,
-                              0.999 * su + 0.001 * gu**2, 0.999 * sv + 0.001 * gv**2)
+            mu, mv, su, sv = (
+                0.9 * mu + 0.1 * gu,
+                0.9 * mv + 0.1 * gv,
+                0.999 * su + 0.001 * gu**2,
+                0.999 * sv + 0.001 * gv**2,
+            )
             a, b = 1 - 0.9**t, 1 - 0.999**t
             u = u - 0.03 * (mu / a) / (np.sqrt(su / b) + 1e-8)
             v = v - 0.03 * (mv / a) / (np.sqrt(sv / b) + 1e-8)
@@ -69,10 +79,10 @@ def test_hand_problem():
     a, b = np.array([1, 0]), np.array([0.5, H])
     np.testing.assert_allclose(SIXTY.X, np.outer(a, b) + np.outer(b, a), atol=1e-15)
     assert SIXTY.sigma == (1.5, 0.5)
-    assert SIXTY.loss(np.zeros(2), np.zeros(2)) == pytest.approx(1.25)          # 1 + c^2
-    assert SIXTY.loss(*SIXTY.start(1.0, 0.0)) == pytest.approx(0.125)           # sigma2^2 / 2
-    assert SIXTY.loss(*SIXTY.start(0.0, 1.0)) == pytest.approx(1.125)           # sigma1^2 / 2
-    assert SIXTY.excess(*SIXTY.start(0.0, 1.0)) == pytest.approx(1)             # 2c
+    assert SIXTY.loss(np.zeros(2), np.zeros(2)) == pytest.approx(1.25)  # 1 + c^2
+    assert SIXTY.loss(*SIXTY.start(1.0, 0.0)) == pytest.approx(0.125)  # sigma2^2 / 2
+    assert SIXTY.loss(*SIXTY.start(0.0, 1.0)) == pytest.approx(1.125)  # sigma1^2 / 2
+    assert SIXTY.excess(*SIXTY.start(0.0, 1.0)) == pytest.approx(1)  # 2c
     # alpha = 1, beta = 0, so u = a, v = b, is tau = nu = 1 / sqrt 2
     for mine, known in zip(SIXTY.start(np.sqrt(0.5), np.sqrt(0.5)), (a, b), strict=True):
         np.testing.assert_allclose(mine, known, atol=1e-15)
@@ -93,11 +103,12 @@ def test_hand_steps():
 def test_hand_constants():
     # c = 1/2: rho = 1/3; the curvatures lie between 1 and 3
     omega = 2 / (1 + np.sqrt(8) / 3)
-    assert lab.tuned(0.5) == pytest.approx({"step": 0.5, "omega": omega, "eta": 4 / (1 + np.sqrt(3)) ** 2,
-                                            "beta": 7 - 4 * np.sqrt(3)})
+    assert lab.tuned(0.5) == pytest.approx(
+        {"step": 0.5, "omega": omega, "beta": 7 - 4 * np.sqrt(3), "eta": 4 / (1 + np.sqrt(3)) ** 2}
+    )
     rates = lab.rates(0.5, 0.5)
-    assert rates["gd"] == pytest.approx((1 / 2, 3 / 2))       # 1 - 2c eta, 1 + 2c eta
-    assert rates["ao"] == pytest.approx((1 / 9, 9))           # rho^2 and its inverse
+    assert rates["gd"] == pytest.approx((1 / 2, 3 / 2))  # 1 - 2c eta, 1 + 2c eta
+    assert rates["ao"] == pytest.approx((1 / 9, 9))  # rho^2 and its inverse
     assert rates["over-relaxed"][0] == pytest.approx(omega - 1, rel=1e-6)
     assert rates["heavy-ball"][0] == pytest.approx(2 - np.sqrt(3))
 
@@ -129,20 +140,25 @@ def test_field_is_a_short_step_of_gd_and_flow_follows_it():
     p, eta = lab.make_problem(0.3, 5), 1e-6
     tau, nu = 0.7, -0.4
     after = p.place(*by_hand("gd", p.X, *p.start(tau, nu), eta, 0.3, 1)[1])
-    np.testing.assert_allclose((np.array(after) - (tau, nu)) / eta, lab.field(0.3, tau, nu), atol=1e-5)
+    np.testing.assert_allclose(
+        (np.array(after) - (tau, nu)) / eta, lab.field(0.3, tau, nu), atol=1e-5
+    )
     np.testing.assert_allclose(lab.flow(0.3, tau, nu, 0.0), (tau, nu))
     for t in (0.5, 2.0, 5.0):
         there = lab.flow(0.3, tau, nu, t)
-        slope = (np.array(lab.flow(0.3, tau, nu, t + 1e-5)) - lab.flow(0.3, tau, nu, t - 1e-5)) / 2e-5
+        slope = (
+            np.array(lab.flow(0.3, tau, nu, t + 1e-5)) - lab.flow(0.3, tau, nu, t - 1e-5)
+        ) / 2e-5
         np.testing.assert_allclose(slope, lab.field(0.3, *there), atol=1e-8)
 
 
 def stretch(name: str, p: lab.Problem, u: np.ndarray, v: np.ndarray, eta: float) -> np.ndarray:
-    """Moduli of the eigenvalues of one hand-written iteration's derivative at (u, v): [2d], largest first."""
+    """Moduli of the eigenvalues of a hand-written iteration at (u, v): [2d], the largest first."""
     w, d, J = np.concatenate([u, v]), len(u), []
     for e in 1e-6 * np.eye(2 * d):
-        ahead, behind = (np.concatenate(by_hand(name, p.X, x[:d], x[d:], eta, p.c, 1)[1])
-                         for x in (w + e, w - e))
+        ahead, behind = (
+            np.concatenate(by_hand(name, p.X, x[:d], x[d:], eta, p.c, 1)[1]) for x in (w + e, w - e)
+        )
         J.append((ahead - behind) / 2e-6)
     return np.sort(np.abs(np.linalg.eigvals(np.array(J).T)))[::-1]
 
@@ -171,12 +187,19 @@ def test_rates_of_heavy_ball():
         u, v = p.start(*start)
         w, curvature = np.concatenate([u, v]), []
         for e in 1e-6 * np.eye(8):
-            ahead, behind = (np.concatenate([(np.outer(x[:4], x[4:]) - p.X) @ x[4:],
-                                             (np.outer(x[4:], x[:4]) - p.X) @ x[:4]]) for x in (w + e, w - e))
+            ahead, behind = (
+                np.concatenate(
+                    [(np.outer(x[:4], x[4:]) - p.X) @ x[4:], (np.outer(x[4:], x[:4]) - p.X) @ x[:4]]
+                )
+                for x in (w + e, w - e)
+            )
             curvature.append((ahead - behind) / 2e-6)
         curvature = np.linalg.eigvalsh((np.array(curvature) + np.array(curvature).T) / 2)
-        moduli = [np.abs(np.roots([1, eta * h - 1 - beta, beta])).max() for h in curvature
-                  if abs(h) > 1e-4]
+        moduli = [
+            np.abs(np.roots([1, eta * h - 1 - beta, beta])).max()
+            for h in curvature
+            if abs(h) > 1e-4
+        ]
         assert lab.rates(c, 0.1)["heavy-ball"][i] == pytest.approx(max(moduli), abs=1e-3)
 
 
@@ -184,7 +207,7 @@ def test_derived_curve():
     curve = 0.5 ** np.arange(30.0)
     near = lab.derived_curve(curve, 0.9, 10.0, 0.6)
     assert near[0] == near[10] == 0.6 and near[12] == pytest.approx(0.6 * 0.9**4)
-    far = lab.derived_curve(curve, 0.8, None, 0.6)                              # 2^-14 < 1e-4 < 2^-13
+    far = lab.derived_curve(curve, 0.8, None, 0.6)  # 2^-14 < 1e-4 < 2^-13
     assert np.isnan(far[:14]).all() and far[14] == curve[14]
     assert far[16] == pytest.approx(curve[14] * 0.8**4)
     assert lab.derived_curve(curve, 1.1, 10.0, 0.6) is None
@@ -197,7 +220,7 @@ def test_near_the_saddle_theory_foretells_the_run():
         races = lab.experiment(lab.Setting(eta=eta))["races"]["eq2"]
         for name in ("gd", "sequential", "ao"):
             run = races[name]
-            half = np.flatnonzero(run["excess"] < 0.3)[0]                       # of 2c = .6
+            half = np.flatnonzero(run["excess"] < 0.3)[0]  # of 2c = .6
             foretold = np.flatnonzero(run["derived"] < 0.3)[0]
             # the run bends where theory has a corner: over a time in which tau / nu grows by e
             assert abs(half - foretold) <= 0.6 / np.log(run["escape"]) + 1, (name, eta)
@@ -221,17 +244,19 @@ def test_races(results):
     for kind, start in (("generic", lab.generic_start(4, 3)), ("eq2", p.start(-1e-4, 1.05))):
         for name, run in results["races"][kind].items():
             path = by_hand(name, p.X, *start, 0.3, 0.2, len(run["excess"]) - 1)
-            known = np.array([loss(p.X, u, v) for u, v in path]) - 0.32         # .8^2 / 2
+            known = np.array([loss(p.X, u, v) for u, v in path]) - 0.32  # .8^2 / 2
             np.testing.assert_allclose(run["excess"], known, rtol=1e-6, atol=1e-10, err_msg=name)
             assert run["arrived"] == np.flatnonzero(run["excess"] <= 1e-8)[0]
             assert run["excess"][-1] <= 1e-12 < run["excess"][-2]
             if name != "adam":
-                tail, escape = lab.rates(0.2, 0.3, np.sqrt(path[-1][0] @ path[-1][0] / (
-                    path[-1][1] @ path[-1][1])))[name]
+                tail, escape = lab.rates(
+                    0.2, 0.3, np.sqrt(path[-1][0] @ path[-1][0] / (path[-1][1] @ path[-1][1]))
+                )[name]
                 assert (run["tail"], run["escape"]) == pytest.approx((tail, escape))
                 leaves = np.log(1e4) / np.log(escape) if kind == "eq2" else None
-                np.testing.assert_allclose(run["derived"], lab.derived_curve(
-                    run["excess"], tail, leaves, 0.4))
+                np.testing.assert_allclose(
+                    run["derived"], lab.derived_curve(run["excess"], tail, leaves, 0.4)
+                )
     assert results["races"]["eq2"]["adam"]["derived"] is None
 
 
@@ -244,11 +269,15 @@ def test_walks(results):
         # the others: one in each other quadrant
         assert [(tau > 0, nu > 0) for tau, nu in firsts[1:]] == [(0, 1), (0, 0), (1, 0)]
         for path in paths:
-            for (u, v), (tau, nu) in zip(by_hand(name, p.X, *p.start(*path[0]), 0.3, 0.2, 12), path,
-                                         strict=False):
+            for (u, v), (tau, nu) in zip(
+                by_hand(name, p.X, *p.start(*path[0]), 0.3, 0.2, 12), path, strict=False
+            ):
                 k = np.sqrt(np.linalg.norm(v) / np.linalg.norm(u))
-                np.testing.assert_allclose((k * u @ p.p_plus / np.sqrt(1.2), k * u @ p.p_minus
-                                            / np.sqrt(0.8)), (tau, nu), atol=1e-9)
+                np.testing.assert_allclose(
+                    (k * u @ p.p_plus / np.sqrt(1.2), k * u @ p.p_minus / np.sqrt(0.8)),
+                    (tau, nu),
+                    atol=1e-9,
+                )
             assert abs(path[-1][0]) == pytest.approx(1) and abs(path[-1][1]) < 1e-6
 
 
@@ -256,12 +285,14 @@ def test_ends_against_loops_and_the_cubic_map():
     shares = np.array([0.5, 1.1, 1.5, 2.2])
     e = lab.ends(0.3, 0.2, 0.5, shares)
     assert e["kind"].tolist() == [0, 1, 2, 3]
-    np.testing.assert_allclose(e["loss"][0], 0.245, atol=1e-12)                 # .7^2 / 2
+    np.testing.assert_allclose(e["loss"][0], 0.245, atol=1e-12)  # .7^2 / 2
     assert e["ao"] == pytest.approx(0.245)
     p = lab.make_problem(0.3, 2)
     for i in (0, 1):
         path = by_hand("gd", p.X, *p.start(0.2, 0.5), shares[i] / 1.3, 0.3, 2031)
-        np.testing.assert_allclose(e["loss"][i], [loss(p.X, u, v) for u, v in path[-32:]], atol=1e-9)
+        np.testing.assert_allclose(
+            e["loss"][i], [loss(p.X, u, v) for u, v in path[-32:]], atol=1e-9
+        )
     # on the cycle the lengths x, y in units of 1 / sqrt eta have x y = 1 and x^2 + y^2 = 2.1
     squares = np.array([2.1 - np.sqrt(0.41), 2.1 + np.sqrt(0.41)]) / 2 / (1.1 / 1.3)
     known = ((squares - 1.3) ** 2 + 0.49) / 2
@@ -294,7 +325,7 @@ def test_gd_arrives_from_eq2_under_two_conditions():
     large = lab.experiment(lab.Setting(eta=0.1, tau0=4.0, nu0=2.0))["races"]["eq2"]
     assert large["gd"]["arrived"] is None and not large["gd"]["excess"][-1] < 1e12
     assert large["ao"]["arrived"] == 7
-    assert lab.ends(0.3, 0.1, 1.0, np.array([0.8 * 1.3]))["kind"] == 1          # eta = .8: a cycle
+    assert lab.ends(0.3, 0.1, 1.0, np.array([0.8 * 1.3]))["kind"] == 1  # eta = .8: a cycle
 
 
 @pytest.mark.parametrize(("c", "gd", "ao"), [(0.3, 63, 19), (0.5, 47, 11), (0.02, 560, 268)])
@@ -305,7 +336,7 @@ def test_counts_from_the_default_start(c: float, gd: int, ao: int):
 
 def test_bad_starts_of_gd_and_ao_are_not_the_same():
     """u0 orthogonal to p+: GD arrives, AO does not. v0 = -u0: the other way round."""
-    p = lab.Problem(0.3, *np.eye(5)[:2])                       # aligned: a zero stays a zero
+    p = lab.Problem(0.3, *np.eye(5)[:2])  # aligned: a zero stays a zero
     for seed in range(20):
         u, v = lab.generic_start(5, seed)
         across = np.array([0, 1, 1, 1, 1]) * u
@@ -322,25 +353,36 @@ def test_bad_starts_of_gd_and_ao_are_not_the_same():
 def drawn(results):
     """The three axes, and what was given to streamplot."""
     from matplotlib.axes import Axes
+
     given, original = {}, Axes.streamplot
     with pytest.MonkeyPatch.context() as patch:
+
         def spy(ax, x, y, u, v, **options):
             given.update(ax=ax, x=x, y=y, u=u, v=v)
             return original(ax, x, y, u, v, **options)
+
         patch.setattr(Axes, "streamplot", spy)
         figure = pictures.draw(results)
     return figure.axes, given
 
 
 def lines(ax, colour, style=None):
-    return [line for line in ax.lines if line.get_color() == colour and len(line.get_xdata())
-            and style in (None, line.get_linestyle())]
+    return [
+        line
+        for line in ax.lines
+        if line.get_color() == colour
+        and len(line.get_xdata())
+        and style in (None, line.get_linestyle())
+    ]
 
 
 def test_panels_stand_in_their_order(drawn):
     (top, left, right), _ = drawn
-    for ax, first, x, y in ((top, "1", "iteration", "excess loss"), (left, "2", "τ", "ν"),
-                            (right, "3", "η σ₁", "loss")):
+    for ax, first, x, y in (
+        (top, "1", "iteration", "excess loss"),
+        (left, "2", "τ", "ν"),
+        (right, "3", "η σ₁", "loss"),
+    ):
         assert ax.get_title(loc="left").startswith(first)
         assert ax.get_xlabel().startswith(x) and ax.get_ylabel().startswith(y)
     assert top.get_yscale() == "log" and top.get_xscale() == right.get_yscale() == "linear"
@@ -351,30 +393,48 @@ def test_panel_1(drawn, results):
     races = results["races"]
     for name, colour in COLOURS.items():
         for kind, style in (("generic", "-"), ("eq2", "--")):
-            line, = lines(ax, colour, style)
+            (line,) = lines(ax, colour, style)
             run = races[kind][name]
             np.testing.assert_array_equal(line.get_xdata(), np.arange(len(run["excess"])))
             shown = run["excess"] > 1e-12
             np.testing.assert_array_equal(line.get_ydata()[shown], run["excess"][shown])
     thin = [line for line in lines(ax, "#222222", "-") if len(line.get_xdata()) > 2]
-    known = [run["derived"] for kind in ("generic", "eq2") for run in races[kind].values()
-             if run["derived"] is not None]
+    known = [
+        run["derived"]
+        for kind in ("generic", "eq2")
+        for run in races[kind].values()
+        if run["derived"] is not None
+    ]
     assert len(thin) == len(known) == 10
     for line, derived in zip(thin, known, strict=True):
         np.testing.assert_array_equal(line.get_ydata(), derived)
-    level, = lines(ax, "#222222", ":")
-    assert set(level.get_ydata()) == {0.4}                                      # 2c
-    texts = {text.get_text(): handle for text, handle in zip(
-        ax.get_legend().get_texts(), ax.get_legend().legend_handles, strict=True)}
-    words = {"gd": "GD, step η", "sequential": "sequential GD, step η", "ao": "AO", "adam": "Adam at 0.03",
-             "over-relaxed": "over-relaxed AO*", "heavy-ball": "heavy ball*"}
+    (level,) = lines(ax, "#222222", ":")
+    assert set(level.get_ydata()) == {0.4}  # 2c
+    texts = {
+        text.get_text(): handle
+        for text, handle in zip(
+            ax.get_legend().get_texts(), ax.get_legend().legend_handles, strict=True
+        )
+    }
+    words = {
+        "gd": "GD, step η",
+        "sequential": "sequential GD, step η",
+        "ao": "AO",
+        "adam": "Adam at 0.03",
+        "over-relaxed": "over-relaxed AO*",
+        "heavy-ball": "heavy ball*",
+    }
     for name, word in words.items():
         text = f"{word}: {races['generic'][name]['arrived']} / {races['eq2'][name]['arrived']}"
         assert texts[text].get_color() == COLOURS[name]
     assert texts["generic start"].get_linestyle() == "-"
     assert texts["Eq. 2, (τ, ν) = (-0.0001, 1.05)"].get_linestyle() == "--"
-    longest = max(len(run["excess"]) for runs in races.values() for name, run in runs.items()
-                  if name != "adam")
+    longest = max(
+        len(run["excess"])
+        for runs in races.values()
+        for name, run in runs.items()
+        if name != "adam"
+    )
     assert ax.get_xlim() == (0, longest) and ax.get_ylim()[0] == 1e-12
 
 
@@ -388,8 +448,14 @@ def test_panel_2(drawn, results):
     for name, colour in (("gd", BLUE), ("ao", RED)):
         for line, path in zip(lines(ax, colour), results["walks"][name], strict=True):
             np.testing.assert_array_equal(line.get_xydata(), path)
-    points = {line.get_label(): {(abs(x), abs(y)) for x, y in line.get_xydata()} for line in ax.lines}
-    assert points["optimum"] == {(1, 0)} and points["saddle"] == {(0, 1)} and points["source"] == {(0, 0)}
+    points = {
+        line.get_label(): {(abs(x), abs(y)) for x, y in line.get_xydata()} for line in ax.lines
+    }
+    assert (
+        points["optimum"] == {(1, 0)}
+        and points["saddle"] == {(0, 1)}
+        and points["source"] == {(0, 0)}
+    )
     optimum = next(line for line in ax.lines if line.get_label() == "optimum")
     assert sorted(optimum.get_xdata()) == [-1, 1]
     assert {line.get_label() for line in lines(ax, BLUE)} > {"GD, step η"}
@@ -398,17 +464,24 @@ def test_panel_2(drawn, results):
 
 def test_panel_3(drawn, results):
     ax, e = drawn[0][2], results["ends"]
-    cloud, = lines(ax, BLUE)
+    (cloud,) = lines(ax, BLUE)
     bounded = e["kind"] < 3
     np.testing.assert_array_equal(cloud.get_ydata(), e["loss"][bounded].ravel())
     np.testing.assert_array_equal(cloud.get_xdata()[::32], e["eta_sigma1"][bounded])
-    level, = lines(ax, RED)
+    (level,) = lines(ax, RED)
     assert set(level.get_ydata()) == {e["ao"]} and level.get_label().startswith("AO")
-    assert set(lines(ax, "#222222", ":")[0].get_ydata()) == {0.72}              # 1.2^2 / 2
-    assert set(lines(ax, "#222222", "--")[0].get_xdata()) == {0.3 * 1.2}        # eta sigma1
+    assert set(lines(ax, "#222222", ":")[0].get_ydata()) == {0.72}  # 1.2^2 / 2
+    assert set(lines(ax, "#222222", "--")[0].get_xdata()) == {0.3 * 1.2}  # eta sigma1
     said = {text.get_text(): text.get_position()[0] for text in ax.texts}
     assert list(said) == ["at rest", "two-cycle", "longer cycles, chaos", "diverges"]
-    assert said["at rest"] < 1 < said["two-cycle"] < 1.24 < said["longer cycles, chaos"] < said["diverges"]
+    assert (
+        said["at rest"]
+        < 1
+        < said["two-cycle"]
+        < 1.24
+        < said["longer cycles, chaos"]
+        < said["diverges"]
+    )
     assert ax.get_ylim()[1] > e["loss"][bounded].max() and ax.get_ylim()[0] == 0
 
 
@@ -422,11 +495,18 @@ def test_film(tmp_path):
         film.seek(frame)
         pixels = np.asarray(film.convert("RGB"), dtype=int)
         half = pixels.shape[1] // 2
-        counted.append([[int((np.abs(side - rgb).sum(-1) < 24).sum()) for rgb in ((0, 114, 178), (213, 94, 0))]
-                        for side in (pixels[:, :half], pixels[:, half:])])
-    first, middle, last = np.array(counted)                    # [field or losses, GD or AO]
+        counted.append(
+            [
+                [
+                    int((np.abs(side - rgb).sum(-1) < 24).sum())
+                    for rgb in ((0, 114, 178), (213, 94, 0))
+                ]
+                for side in (pixels[:, :half], pixels[:, half:])
+            ]
+        )
+    first, middle, last = np.array(counted)  # [field or losses, GD or AO]
     assert (last > first).all()
-    assert middle[0, 1] > middle[0, 0] and middle[1, 1] > middle[1, 0]          # AO is ahead of GD
+    assert middle[0, 1] > middle[0, 0] and middle[1, 1] > middle[1, 0]  # AO is ahead of GD
 
 
 # ---- the program ---------------------------------------------------------------------------------
@@ -443,8 +523,10 @@ def default_figure(tmp_path_factory) -> bytes:
     return program(tmp_path_factory.mktemp("default"))
 
 
-@pytest.mark.parametrize("option", ["--c .35", "--eta .5", "--tau0 .001", "--nu0 .8", "--d 9", "--seed 1",
-                                    "--methods gd ao"])
+@pytest.mark.parametrize(
+    "option",
+    ["--c .35", "--eta .5", "--tau0 .001", "--nu0 .8", "--d 9", "--seed 1", "--methods gd ao"],
+)
 def test_every_option_changes_the_figure(option: str, default_figure, tmp_path: Path, capsys):
     assert program(tmp_path, *option.split()) != default_figure
 
@@ -464,27 +546,54 @@ def test_default_run(tmp_path: Path, monkeypatch, capsys):
 def test_notes_say_what_a_choice_brings():
     def said(**chosen):
         return " ".join(lab.notes(lab.experiment(replace(lab.Setting(methods=("ao",)), **chosen))))
+
     assert "eta sigma1 = 1.04" in said(eta=0.8) and "1 + eta" not in said(eta=0.8)
     assert "eta |u0|^2 = 2.36" in said(eta=0.1, tau0=4.0, nu0=2.0)
     assert "rounding" in said(tau0=0.0) and said() == ""
 
 
-@pytest.mark.parametrize("arguments", ["--c .001 --tau0 0", "--c .99 --d 2", "--eta 10 --methods gd adam",
-                                       "--tau0 -10 --nu0 10", "--eta .0001 --methods gd"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--c .001 --tau0 0",
+        "--c .99 --d 2",
+        "--eta 10 --methods gd adam",
+        "--tau0 -10 --nu0 10",
+        "--eta .0001 --methods gd",
+    ],
+)
 def test_edges(arguments: str, tmp_path: Path, recwarn):
     program(tmp_path, *arguments.split(), "--json", str(tmp_path / "x.json"))
     json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
 
 
-@pytest.mark.parametrize(("arguments", "wanted"), [
-    ("--c 1", "0.001 to 0.99"), ("--c nan", "0.001 to 0.99"), ("--c 1e-9", "0.001 to 0.99"),
-    ("--c -.3", "0.001 to 0.99"), ("--eta 0", "0.0001 to 10"), ("--eta inf", "0.0001 to 10"),
-    ("--tau0 11", "-10 to 10"), ("--nu0 x", "-10 to 10"), ("--d 1", "whole number from 2 to 100"),
-    ("--d 500", "2 to 100"), ("--d 2.5", "whole number"), ("--seed -1", "0 to 1e+06"),
-    ("--methods gd fast", "'sequential'"), ("--out a.doc", ".png"), ("--json .", ".json"),
-    ("--animate a.mp4", ".gif"), ("--tau0 0 --nu0 0", "--nu0"), ("--method gd", "--method"),
-    ("--init tied", "--init"), ("--ta 1", "--ta"), ("--json /proc/none/x.json", "cannot write")])
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ("--c 1", "0.001 to 0.99"),
+        ("--c nan", "0.001 to 0.99"),
+        ("--c 1e-9", "0.001 to 0.99"),
+        ("--c -.3", "0.001 to 0.99"),
+        ("--eta 0", "0.0001 to 10"),
+        ("--eta inf", "0.0001 to 10"),
+        ("--tau0 11", "-10 to 10"),
+        ("--nu0 x", "-10 to 10"),
+        ("--d 1", "whole number from 2 to 100"),
+        ("--d 500", "2 to 100"),
+        ("--d 2.5", "whole number"),
+        ("--seed -1", "0 to 1e+06"),
+        ("--methods gd fast", "'sequential'"),
+        ("--out a.doc", ".png"),
+        ("--json .", ".json"),
+        ("--animate a.mp4", ".gif"),
+        ("--tau0 0 --nu0 0", "--nu0"),
+        ("--method gd", "--method"),
+        ("--init tied", "--init"),
+        ("--ta 1", "--ta"),
+        ("--json /proc/none/x.json", "cannot write"),
+    ],
+)
 def test_wrong_values_get_one_line(arguments: str, wanted: str, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:

@@ -9,14 +9,27 @@ import numpy as np
 import pytest
 
 THEORY = Path(__file__).resolve().parents[1] / "theory"
-sys.path.insert(0, str(THEORY))                                # scripts, not a package
+sys.path.insert(0, str(THEORY))  # scripts, not a package
 
 import bilinear as lab  # noqa: E402
 import verdicts as court  # noqa: E402
 
-WORDS = ["misprint", "holds", "holds", "holds", "holds", "misprint", "holds", "holds", "holds",
-         "incomplete", "holds", "holds", "false"]
-README = (THEORY / "README.md").read_text()
+WORDS = [
+    "misprint",
+    "holds",
+    "holds",
+    "holds",
+    "holds",
+    "misprint",
+    "holds",
+    "holds",
+    "holds",
+    "incomplete",
+    "holds",
+    "holds",
+    "false",
+]
+README = re.sub(r"```markdown\n.*?```", "", (THEORY / "README.md").read_text(), flags=re.S)
 
 
 @pytest.mark.parametrize(("c", "eta"), [(0.3, 0.1), (0.05, 1.2), (0.9, 1.0), (0.6, 10.0)])
@@ -25,9 +38,11 @@ def test_verdicts(c: float, eta: float):
     rows = court.verdicts(c, eta)
     assert [row.verdict for row in rows] == WORDS
     for row, word in zip(rows, WORDS, strict=True):
-        order = row.statement.startswith("Eq. 6")              # an order of convergence, not an identity
+        order = row.statement.startswith("Eq. 6")  # an order of convergence, not an identity
         assert row.off_corrected <= (0.03 if order else 1e-11), row
-        assert row.off_printed == row.off_corrected if word == "holds" else row.off_printed > 0.05, row
+        assert (
+            row.off_printed == row.off_corrected if word == "holds" else row.off_printed > 0.05
+        ), row
 
 
 def test_sizes_of_what_is_wrong():
@@ -38,16 +53,24 @@ def test_sizes_of_what_is_wrong():
     wrong = np.outer(a, a) + 0.5 * X + 0.25 * np.eye(2) - X @ X
     p = lab.Problem(0.5, np.array([np.sqrt(3) / 2, 0.5]), np.array([0.5, -np.sqrt(3) / 2]))
     assert court.gram_matrix(p, 0.1).off_printed == pytest.approx(
-        (np.abs(wrong) / np.maximum(1, np.abs(X @ X))).max())
-    assert rows["theorem_4"].off_printed == pytest.approx(np.sqrt(2))          # (-1, 0) to (0, 1)
-    assert rows["ao_resolves"].off_printed == pytest.approx(1)                 # all of 2c is left
+        (np.abs(wrong) / np.maximum(1, np.abs(X @ X))).max()
+    )
+    assert rows["theorem_4"].off_printed == pytest.approx(np.sqrt(2))  # (-1, 0) to (0, 1)
+    assert rows["ao_resolves"].off_printed == pytest.approx(1)  # all of 2c is left
 
 
 def test_judge_follows_the_measurement():
     def word(*errors):
         return court.judge("", "", "", *errors, word="misprint").verdict
+
     assert word(1e-12) == word(1e-12, 1e-12) == "holds" and word(0.1, 1e-12) == "misprint"
-    assert word(0.1) == word(0.1, 0.1) == word(float("nan")) == word(0.1, float("nan")) == "not confirmed"
+    assert (
+        word(0.1)
+        == word(0.1, 0.1)
+        == word(float("nan"))
+        == word(0.1, float("nan"))
+        == "not confirmed"
+    )
     assert word(1e-12, 0.1) == "not confirmed"
 
 
@@ -56,7 +79,9 @@ def test_frame_and_off():
     A, M = court.frame(p)
     np.testing.assert_allclose(A.T @ A, M, atol=1e-14)
     np.testing.assert_allclose(M, [[1, 0.3], [0.3, 1]])
-    np.testing.assert_allclose(np.outer(A[:, 0], A[:, 1]) + np.outer(A[:, 1], A[:, 0]), p.X, atol=1e-14)
+    np.testing.assert_allclose(
+        np.outer(A[:, 0], A[:, 1]) + np.outer(A[:, 1], A[:, 0]), p.X, atol=1e-14
+    )
     assert court.off(np.array([1.0, 4.0]), np.array([1.5, 5.0])) == pytest.approx(1 / 3)
 
 
@@ -90,9 +115,11 @@ def test_failing_statement_exits_1(monkeypatch, capsys):
 
 def test_readme_holds_the_table():
     """All but the sizes of rounding, which differ between machines."""
+
     def cells(text: str) -> list[list[str]]:
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
         return [row[:2] + row[3:5] for row in rows if len(row) == 6]
+
     assert cells(court.table(court.verdicts())) == cells(README)
 
 
