@@ -10,9 +10,9 @@ corrected. The verdict follows from these two alone, in one of four words:
     incomplete   what is said is so, and something that is needed is not said
     false        something that is said is not so
 
-or "not confirmed" where even the corrected form is off, too. What is said of
-every iteration is measured in one, from many random places, as in the step of an induction: a long
-run at a large eta would measure how chaos magnifies rounding.
+or "not confirmed" where the corrected form is off, too. What is said of every iteration is measured
+in one, from many random places, as in the step of an induction: a long run at a large eta would
+measure how chaos magnifies rounding.
 
 Notation as in bilinear.py. z = (alpha, beta), so that u = A z with A = (a, b), and M = A'A =
 [[1, c], [c, 1]] with the eigenvectors w+- = (1, +-1) / sqrt 2; S exchanges alpha and beta.
@@ -78,8 +78,8 @@ def one_step(p: Problem, eta: float) -> tuple[Array, Array, Array, Array]:
 def gram_matrix(p: Problem, eta: float) -> Verdict:
     """A number, b'a, stands where the matrix ba' is meant."""
     A, M = frame(p)
-    (a, b), number = A.T, p.c * np.eye(len(A))
-    printed = (np.outer(a, b) + number) @ (np.outer(b, a) + number)
+    (a, b), scalar = A.T, p.c * np.eye(len(A))
+    printed = (np.outer(a, b) + scalar) @ (np.outer(b, a) + scalar)
     meant = (np.outer(a, b) + np.outer(b, a)) @ (np.outer(b, a) + np.outer(a, b))
     top = A @ [1, 1]                                            # the conclusion: A w+ is on top
     right = max(off(meant, A @ M @ A.T), off(meant @ top, p.sigma[0] ** 2 * top))
