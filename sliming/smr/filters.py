@@ -98,7 +98,8 @@ def stands_in(answer: str, tail: str) -> bool:
     if number := re.fullmatch(r"-?(\d+(?:\.\d+)?)" + UNIT, answer):
         said = re.findall(r"(?<![\d.])(?<!\d/)\d+(?:\.\d+)?(?!\d)(?!\s*/\s*\d)", tail)
         words = re.findall("[a-z]+", tail.lower())
-        said += [str(NUMBER_WORDS.index(word)) for word in words if word in NUMBER_WORDS]
+        said += [NUMBER_WORDS.index(word) for word in words if word in NUMBER_WORDS]
+        said += [int(a) / int(b) for a, b in re.findall(r"\b(\d+)\s*/\s*([1-9]\d*)\b", tail)]
         return any(float(text) == float(number[1]) for text in said)
     characters = answer.rstrip(".").replace(" ", "")
     pattern = r"\s*".join(map(re.escape, characters))
@@ -310,8 +311,13 @@ class Excluded:
 
 
 def entries_of(path: Path) -> Iterator[dict]:
-    """The records of a JSONL file, or of a JSON list or object, also of lists in it."""
-    for _, record, *_ in lines(path) if path.suffix == ".jsonl" else elements(path):
+    """The records of a JSONL file (POPE's are called .json), or of a JSON list or object."""
+    try:
+        with open(path, "rb") as file:
+            one_a_line = path.suffix == ".jsonl" or re.match(rb"\s*\{.*\}\s*\n\{", file.read(4096))
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
+    for _, record, *_ in lines(path) if one_a_line else elements(path):
         for entry in record if isinstance(record, list) else [record]:
             if isinstance(entry, dict):
                 yield entry

@@ -151,11 +151,12 @@ N_COMMANDS = ("(?:abla|atural|e|earrow|eg|eq|ewline|exists|geq|i|leq|mid|onumber
 
 
 def unescaped(text: str) -> str:
-    r"""MATH-Vision's text as it was meant: line breaks for its literal \n, and the backslashes of
-    \frac and \boxed where its JSON has them as a form feed and a backspace."""
-    text = text.replace("\f", r"\f").replace("\b", r"\b")
-    return re.sub(rf"\\+n(?!{N_COMMANDS}(?![A-Za-z]))",  # more than one: the end of a row before it
-                  lambda match: "\n" if len(match[0]) == 2 else "\\\\\n", text).strip()
+    r"""MATH-Vision's text as it was meant: line breaks for its literal \n, and the backslash of a
+    \frac of which its JSON makes a form feed."""
+    text = text.replace("\f", r"\f")
+    # Two backslashes before the n: one of them ends a row of LaTeX.
+    return re.sub(rf"(\\*)\\n(?!{N_COMMANDS}(?![A-Za-z]))",
+                  lambda match: "\\\\\n" if match[1] else "\n", text).strip()
 
 
 # ------------------------------------------------------ ArxivQA, TextbookQA, GeoQA, Geometry3K
