@@ -223,6 +223,8 @@ def build(source: str, folder: Path, out: Path, *, root: Path | None = None,
     folder, root = folder.resolve(), (root or folder.resolve().parent).resolve()
     if not folder.is_relative_to(root):
         raise RecordError(f"{folder}: not below --root {root}")
+    if out.is_dir() or not out.parent.is_dir():
+        raise RecordError(f"{out}: --out must be a file in a folder that exists")
     excluded, broken = Excluded(), []
     for path in exclude:
         excluded.add(path)
@@ -262,6 +264,11 @@ def build(source: str, folder: Path, out: Path, *, root: Path | None = None,
 # ------------------------------------------------------------------------------- the command line
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        sys.exit(f"sliming.smr: {message}")
+
+
 def positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
@@ -269,8 +276,8 @@ def positive(text: str) -> int:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m sliming.smr", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m sliming.smr", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("build", help="append a source's records to a file")
     make.add_argument("source", choices=SOURCES)

@@ -641,11 +641,12 @@ def test_command_line(tmp_path, main):
             (("build", "dvqa", folder, "--out", out), "looks like ai2d"),
             ((*command, "--exclude", tmp_path / "none.json"), "none.json"),
             ((*command, "--splits", "val"), "no split 'val' of ai2d; there are test, train"),
+            ((*command, "--workers", 0), "above 0, not '0'"), (("build", "x"), "invalid choice"),
+            ((*command[:4], tmp_path / "no/smr.jsonl"), "a file in a folder that exists"),
             ((*command, "--machine"), "--machine changes nothing for ai2d: it is of chartqa"),
             (("stats", tmp_path / "none.jsonl"), "none.jsonl")):
         message = main(*arguments)[1]
         assert message.startswith("sliming.smr: ") and expected in message and "\n" not in message
-    assert "above 0" in main(*command, "--count", 0)[2]
 
 
 # ------------------------------------------------------------------------------------ real samples
