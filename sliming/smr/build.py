@@ -110,11 +110,13 @@ def judged(candidates: Iterable[Candidate | Drop], workers: int) -> Iterator[Jud
 @contextmanager
 def only_one(out: Path) -> Iterator[None]:
     """Keeps a second process from building `out`; the lock of one that was killed is void."""
+    if not fcntl:
+        yield
+        return
     path = out.with_name(out.name + ".lock")
     with open(path, "a+") as lock:
         try:
-            if fcntl:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A holder removes its lock; one that was opened just before is nobody's.
             free = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
         except OSError:
@@ -141,7 +143,7 @@ class Ledger:
         paths = out, out.with_suffix(".dropped.jsonl")
         for path in paths:
             mend(path)
-        self.before = {hash64(row["id"].encode()) for row in self.rows(paths[0])}
+        self.before = {hash64(row["id"]) for row in self.rows(paths[0])}
         self.dropped_before = Counter(hash64(self.line(row)) for row in self.rows(paths[1]))
         self.records, self.drops = (open(path, "ab") for path in paths)
 
@@ -155,7 +157,8 @@ class Ledger:
 
     @staticmethod
     def line(row: dict) -> bytes:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        # Half a surrogate pair has no UTF-8; as \ud800 it is JSON.
+        return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
     def close(self) -> None:
         self.records.close()
@@ -170,17 +173,17 @@ class Ledger:
             return "unrelated", detail
         if (found := excluded.holds(item, look))[0]:
             return found
-        content = hash64(f"{look.pixels if look else 0}\n{item.prompt}\n{answer}".encode())
+        content = hash64(f"{look.pixels if look else 0}\n{item.prompt}\n{answer}")
         if content in self.contents:
             return "duplicate", "of an earlier record's image, question and answer"
-        if hash64(item.id.encode()) in self.names:
+        if hash64(item.id) in self.names:
             return "duplicate", "of an earlier record's id"
         self.contents.add(content)
         return "", ""
 
     def take(self, item: Candidate, answer: str) -> None:
         """Writes a record in LLaVA's format, unless the file has it."""
-        name = hash64(item.id.encode())
+        name = hash64(item.id)
         self.names.add(name)
         if name in self.before:
             self.count["kept"] += 1
@@ -196,7 +199,7 @@ class Ledger:
 
     def drop(self, drop: Drop) -> None:
         """Writes a dropped record, unless the file has it."""
-        name = hash64(drop.id.encode())
+        name = hash64(drop.id)
         self.dropped[drop.reason] += 1
         self.count["stale"] += name in self.before and name not in self.names
         image = os.path.relpath(drop.image, self.root) if drop.image else ""

@@ -71,7 +71,8 @@ def jumbled(text: str) -> str:
     return ""
 
 
-def hash64(data: bytes) -> int:
+def hash64(data: bytes | str) -> int:
+    data = data.encode(errors="backslashreplace") if isinstance(data, str) else data
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
@@ -358,7 +359,7 @@ def question_key(question: str) -> int:
     text = re.sub(r"<image\s*\d*>|\\n", " ", question)  # MATH-Vision writes line breaks so
     text = text.replace(SINGLE_WORD, " ").replace(OPTION_LETTER, " ")
     text = " ".join(re.findall(r"\w+", text.lower()))
-    return hash64(text.encode()) if text else 0
+    return hash64(text) if text else 0
 
 
 def same_answer(candidate: Candidate, answer: str) -> bool:

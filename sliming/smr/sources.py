@@ -55,10 +55,10 @@ def scienceqa(folder: Path, selection: Selection) -> Found:
 
     images = folder / "images" if (folder / "images").is_dir() else folder
     for pid, entry, *_ in elements(folder / "problems.json"):
-        known = entry if isinstance(entry, dict) else {"split": selection.splits[0], "image": "?"}
-        if known.get("split") not in selection.splits:
-            selection.passed_over[f"split {known.get('split')}"] += 1
-        elif not known.get("image") and not selection.text_only:
+        readable = isinstance(entry, dict)
+        if readable and entry.get("split") not in selection.splits:
+            selection.passed_over[f"split {entry.get('split')}"] += 1
+        elif readable and not entry.get("image") and not selection.text_only:
             selection.passed_over["no image (--text-only takes it)"] += 1
         else:
             yield guarded(f"scienceqa-{pid}", make, pid, entry)

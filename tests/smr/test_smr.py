@@ -113,8 +113,9 @@ RAW = {
         {"id": "cs-2", "options": ["## Figure 2", "Red bars", "Blue bars"], "label": "Blue bars",
          "image": "images/2.png"}, {"id": "bad", "label": "E"})],
         **pictures("images/{}.png", 0, 1, 2)},
-    "scienceqa": {"problems.json": {str(n): SCIENCEQA | change for n, change in enumerate(
-        ({}, {"image": None}, {"split": "test"}, {"answer": 2}, {"hint": "", "lecture": ""}), 1)},
+    "scienceqa": {"problems.json": {
+        "1": SCIENCEQA, "2": SCIENCEQA | {"image": None}, "3": SCIENCEQA | {"split": "test"},
+        "4\ud800": SCIENCEQA | {"answer": 2}, "5": SCIENCEQA | {"hint": "", "lecture": ""}},
         **pictures("train/{}/image.png", 1, 5)},
     "math-vision": {"data/test.jsonl": MATHS, "data/testmini.jsonl": MATHS[6:],
                     **pictures("images/{}.png", *range(7))},
@@ -161,7 +162,7 @@ EXPECTED = {
     "arxivqa": (3, {"arxivqa-line-4": "malformed"}, 0, [
         (f"arxivqa-cs-{n}", "What is shown?\nA. Red bars\nB. Blue bars",
          "The bars are blue bars.\nSo the answer is Blue bars") for n in range(3)]),
-    "scienceqa": (2, {"scienceqa-4": "malformed"}, 2, [(
+    "scienceqa": (2, {"scienceqa-4\ud800": "malformed"}, 2, [(
         "scienceqa-1", "Context: Look up.\nStars shine.\nWhich is a star?\nA. Sun\nB. Moon\n"
         + OPTION_LETTER, "A")]),
     "math-vision": (5, {"math-vision-2": "reasoning"}, 1, [
