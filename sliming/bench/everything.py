@@ -35,9 +35,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from sliming.backbones import PIXEL_MEAN, PIXEL_STD, TINY, VisionTower, build_llm
 from sliming.chat import IGNORE
 from sliming.checkpoints.states import States
+from sliming.config import PRESETS
 from sliming.data import Steps, open_mixture
 from sliming.model import Batch, SliME, SliMEConfig
-from sliming.config import PRESETS
 from sliming.qformer import QueryFormer, query_attention
 from sliming.slicer import Slices, slice_image
 from sliming.tiny.pictures import TrainingSet
