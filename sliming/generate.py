@@ -55,18 +55,19 @@ class Answering:
         return [self.processor.tokenizer.decode(ids).strip() for ids in answers]
 
     def answer_all(self, todo: list, read: Callable[[Any], Sample], batch_size: int,
-                   **options) -> Iterator[list[str]]:
-        """Answers to whatever `read` makes prompts of, batch after batch. The next batch is read
-        while the model answers. Options of `generate_batch`."""
+                   **options) -> Iterator[list[tuple[Any, str]]]:
+        """Whatever `read` makes prompts of, each with its answer, batch after batch. The next batch
+        is read while the model answers. Options of `generate_batch`."""
         batches = [todo[at:at + batch_size] for at in range(0, len(todo), batch_size)]
         with ThreadPoolExecutor(1) as reader:
             reading = (reader.submit(lambda batch=batch: [read(one) for one in batch])
                        for batch in batches)
             coming = next(reading, None)
-            while coming is not None:
+            for batch in batches:
                 samples, coming = coming.result(), next(reading, None)
                 answers = self.generate_batch(samples, **options)
-                yield [self.processor.tokenizer.decode(ids).strip() for ids in answers]
+                texts = [self.processor.tokenizer.decode(ids).strip() for ids in answers]
+                yield list(zip(batch, texts, strict=True))
 
     def stream(self, sample: Sample, **options) -> Iterator[str]:
         """The answer as text, piece by piece; options of `generate`."""
@@ -227,9 +228,8 @@ def answer_file(model: Answering, questions: Path, folder: Path, answers: Path, 
             todo.append((line, record))
     with (open(answers, "a", encoding="utf-8") as out,
           tqdm(total=len(todo), desc="questions", unit="question") as progress):
-        for texts in model.answer_all(todo, read, batch_size, **options):
-            for text in texts:
-                record = todo[progress.n][1]
+        for answered in model.answer_all(todo, read, batch_size, **options):
+            for (_, record), text in answered:
                 row = {"question_id": record["question_id"], "prompt": record["text"], "text": text}
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 progress.update()
