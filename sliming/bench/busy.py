@@ -8,17 +8,16 @@ spin at all; both are read when torch is loaded, so every training here is a pro
 import os
 import statistics
 import tempfile
-import time
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
 from sliming.bench.timing import own_process, show
+from sliming.bench.training import trained
 from sliming.config import PRESETS, TrainConfig
 from sliming.model import SliME
-from sliming.trainer import one_step, set_up
 
 SETTINGS = ({}, {"OMP_WAIT_POLICY": "PASSIVE"},
             *({"GOMP_SPINCOUNT": count} for count in ("0", "100", "1000", "10000", "100000")))
@@ -28,16 +27,8 @@ def training_seconds(folder: str, steps: int) -> float:
     """Seconds of `steps` steps of the tiny preset's stage III, data and optimizer included, from
     the checkpoint in `folder`; one more before them warms up."""
     with tempfile.TemporaryDirectory() as out:
-        with redirect_stdout(None):
-            run = set_up(TrainConfig(init_from=folder, out=out, max_steps=steps + 1), 3,
-                         torch.device("cpu"))
-        for step, share in enumerate(run.shares):
-            if step == 1:
-                began = time.perf_counter()
-            one_step(run, share, step, 0.0)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-        return time.perf_counter() - began
+        config = TrainConfig(init_from=folder, out=out, max_steps=steps + 1)
+        return sum(row["seconds"] for row in trained(config, 3, torch.device("cpu"))[1:])
 
 
 def at_once(count: int, setting: dict[str, str], folder: str, steps: int) -> float:

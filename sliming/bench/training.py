@@ -1,10 +1,12 @@
 """A training step beside the obvious alternatives, on the CPU; on a GPU also the 8B shapes."""
 
+import json
 import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -14,11 +16,11 @@ from torch import Tensor, nn
 from sliming.bench.inference import eight_billion
 from sliming.bench.timing import medians_ms, own_process, picture, show
 from sliming.chat import IGNORE
-from sliming.config import PRESETS, STAGES, Recipe, TrainConfig
+from sliming.config import PRESETS, Recipe, TrainConfig
 from sliming.data import Steps
 from sliming.model import SliME
 from sliming.tiny.pictures import TrainingSet
-from sliming.trainer import Run, one_step, prepare
+from sliming.trainer import one_step, set_up
 from sliming.watch import peak_flops, peak_memory
 
 WAYS = ("sliming: packed, supervised logits, real views", "every logit", "ten views",
@@ -38,7 +40,7 @@ def gradient_step(way: str, folder: str, samples: int) -> Callable[[], tuple[flo
     """One of WAYS to compute the gradients of a step of the tiny preset's stage III, as a function
     that does it: -> loss, real tokens."""
     model = SliME.from_pretrained(folder).eval()                        # no noise: equal losses
-    padded, everywhere, ten = (word in way for word in WAYS[3:0:-1])
+    everywhere, ten, padded = (word in way for word in WAYS[1:4])
     if padded:
         model.llm.set_attn_implementation("sdpa")
     model.vision.requires_grad_(False)
@@ -98,41 +100,50 @@ def train(device: torch.device, out: Path, samples: int = 16, repeats: int = 9) 
         print("not run: 8B shapes, stages I, II, III and LoRA: needs a CUDA device")
 
 
-def full_size(device: torch.device, build: Callable[[], SliME], steps: int = 6) -> None:
-    """Stages I, II, III and III with LoRA of the model that `build` makes."""
-    show("8B shapes, 4 layers of tower and language model, bfloat16, activations recomputed, "
-         "global batch 16", ["stage", "tokens/s", "MFU", "peak GB"],
-         [stage_speed(device, build(), stage, preset, steps) for stage, preset in (
-             (1, "llama3-8b"), (2, "llama3-8b"), (3, "llama3-8b"), (3, "llama3-8b-lora"))])
-
-
-def stage_speed(device: torch.device, model: SliME, stage: int, preset: str,
-                steps: int) -> list[str]:
-    """Whole training steps on images of 4 x 3 crops: tokens per second, MFU (forward and backward,
-    without recomputation), peak memory."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    config = TrainConfig(preset=preset, shard="none", batch_size=16)
-    recipe, parts, size = config.recipe(stage), STAGES[stage].parts, model.processor.crop_size
-    groups = prepare(model, config, stage, device)
-    trained = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    record = {"image": picture(4 * size, 3 * size), "conversations": [
-        {"from": "human", "value": "<image>\nWhat?"},
-        {"from": "gpt", "value": "a number, " * 20}]}
-    shares = Steps([record] * 16 * steps, model.processor, parts, "chat", recipe, steps)
-    run = Run(config, stage, recipe, device, Path(), model.train(), trained, optimizer, None, steps,
-              0, 0, iter(shares))
-    took = []
-    for step, share in enumerate(shares):
+def trained(config: TrainConfig, stage: int, device: torch.device) -> list[dict]:
+    """Trains a stage and keeps nothing: the rows of its log, with the `seconds` of each step."""
+    with redirect_stdout(None):
+        run = set_up(config, stage, device)
+    rows = []
+    for step in range(run.steps):
         began = time.perf_counter()
-        row = one_step(run, share, step, 0.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        share = next(run.shares)
+        rows.append(one_step(run, share, step, time.perf_counter() - began))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        took.append(time.perf_counter() - began)
-    seconds, peak = statistics.median(took[1:]), peak_flops(device) or math.nan
-    return [f"{stage}{' LoRA' if recipe.lora else ''}", f"{row['tokens'] / seconds:.0f}",
-            f"{100 * row['flops'] / seconds / peak:.1f} %", f"{peak_memory(device):.1f}"]
+        rows[-1]["seconds"] = time.perf_counter() - began
+    return rows
+
+
+def full_size(device: torch.device, build: Callable[[], SliME], steps: int = 6) -> None:
+    """Stages I, II, III and III with LoRA of the model that `build` makes, on images of 4 x 3
+    crops: tokens per second, data aside, MFU without recomputation, peak memory."""
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = build()
+        size = model.processor.crop_size
+        model.save_pretrained(folder)
+        del model
+        picture(4 * size, 3 * size).save(Path(folder, "a.png"))
+        turns = [{"from": "human", "value": "<image>\nWhat?"},
+                 {"from": "gpt", "value": "a number, " * 20}]
+        records = Path(folder, "records.json")
+        records.write_text(json.dumps([{"image": "a.png", "conversations": turns}]))
+        for stage, preset in ((1, "llama3-8b"), (2, "llama3-8b"), (3, "llama3-8b"),
+                              (3, "llama3-8b-lora")):
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
+            rows = trained(TrainConfig(preset=preset, init_from=folder, data=[str(records)],
+                                       images=folder, out=f"{folder}/{preset}", shard="none",
+                                       batch_size=16, max_steps=steps), stage, device)
+            seconds = statistics.median(row["seconds"] - row["waited"] for row in rows[1:])
+            peak = peak_flops(device) or math.nan
+            lines.append([f"{stage}{' LoRA' if 'lora' in preset else ''}",
+                          f"{rows[-1]['tokens'] / seconds:.0f}",
+                          f"{100 * rows[-1]['flops'] / seconds / peak:.1f} %".replace("nan %", "-"),
+                          f"{peak_memory(device):.1f}"])
+    show("8B shapes, 4 layers of tower and language model, bfloat16, activations recomputed, "
+         "global batch 16", ["stage", "tokens/s", "MFU", "peak GB"], lines)

@@ -1,4 +1,4 @@
-"""The benches' own parts: they time what they say, refuse wrong results, and print their tables."""
+"""The benches' parts: they time what they say, refuse wrong results, and print their tables."""
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,20 +42,15 @@ def test_query_former_keeps_what_its_docstring_says():
 
 def test_peers_of_a_gpu_compute_the_same_and_wrong_results_are_refused(monkeypatch):
     """What only a GPU's run times, as far as a CPU can: compiled without code generation."""
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda way: compile(way, backend="aot_eager"))
-    torch.manual_seed(0)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     former = QueryFormer(64, 4, num_heads=2)
-    bare, formers, _ = attention.peers(torch.device("cuda"), former)
-    assert {"sliming, triton", "flex_attention, compiled", "SDPA cudnn"} <= bare.keys()
-    ways = {"bare attention": [bare[name] for name in (
-                "released way, compiled", "SDPA, compiled", "SDPA math")],
-            "query former": [formers[name] for name in (
-                "released way", "released way, compiled", "straightforward, compiled",
-                "sliming, sdpa", "straightforward, SDPA math")]}
-    for what, inputs, leaves, expected in attention.cases(former, 2, 9):
-        for way in ways[what]:
-            got = attention.results(way, inputs, leaves)
+    bare, whole, _ = attention.peers(torch.device("cuda"), former)
+    cannot = ("triton", "flex", "flash", "efficient", "cudnn")
+    assert all(any(word in name for name in bare) for word in cannot)
+    for ways, (_, *case, expected) in zip((bare, whole), attention.cases(former, 2, 9),
+                                          strict=True):
+        for name in [name for name in ways if not any(word in name for word in cannot)]:
+            got = attention.results(ways[name], *case)
             attention.check(got, expected)
         for wrong in (got[-1] * 1.001, got[-1] * float("nan")):
             with pytest.raises(RuntimeError, match=f"wrong: result {len(got) - 1}"):
@@ -68,24 +63,33 @@ def test_attention_prints_tables_and_saves_a_plot(tmp_path, capsys, monkeypatch)
     text = capsys.readouterr().out
     assert text.count("attention: Nq 4, D 32") == text.count("query former: Nq 4, D 32") == 2
     assert "wrong" not in text and "not run: sliming, triton: needs a CUDA device" in text
-    assert "straightforward, SDPA  " in text and "SDPA math  " in text
     assert (tmp_path / "new" / "attention.png").stat().st_size > 10_000
 
 
 def test_small_subjects_print_their_tables(model, tmp_path, capsys, monkeypatch):
     for room in (training, data):                              # a process costs seconds of imports
         monkeypatch.setattr(room, "own_process", lambda: ThreadPoolExecutor(1))
+    views, logits, loss = [], [], training.F.cross_entropy
+    monkeypatch.setattr(training.F, "cross_entropy",
+                        lambda x, *rest, **more: logits.append(len(x)) or loss(x, *rest, **more))
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, x: views.append(len(x[0])) if type(module) is type(model.vision) else None)
+    training.train(CPU, tmp_path, samples=2, repeats=1)
+    hook.remove()
     router.router(CPU, tmp_path, {"uneven": (16, [4, 9, 1])}, repeats=1)
     data.preprocessing(CPU, tmp_path, ((200, 90), (336, 336)), 1)
     data.data(CPU, tmp_path, 300)
     inference.inference(CPU, tmp_path, {"tiny": lambda: model}, 3)
-    training.train(CPU, tmp_path, samples=2, repeats=1)
     text = capsys.readouterr().out
     first = [line.split("  ")[0] for line in text.splitlines()]
     assert {"uneven", "200 x 90", "336 x 336", "records.json", *training.WAYS} <= set(first)
     assert first.count("tiny") == 5 and "      300  " in text
     tokens = model.adapter.num_tokens         # 128 x 128: 4 crops and the whole, not compressed
     assert f" {5 * tokens} " in text and f" {tokens + 1 + 4 * model.config.num_queries} " in text
+    few, many, _, _, most = logits[:5]        # of WAYS in turn, and what the tower was given
+    assert logits[:5] == [few, many, few, few, most] and few < 20 < 100 < many == most
+    real, _, missing = views[:3]
+    assert views[:7] == [real, real, 20 - real, real, real, 20 - real, real]
 
 
 def test_two_trainings_have_the_setting_that_their_row_names(tmp_path, capsys, monkeypatch):
@@ -116,11 +120,11 @@ def test_whole_training_steps_run(model, tmp_path, capsys, monkeypatch):
 def test_what_is_wrong_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "normalised", lambda _: torch.zeros(1, 3, 336, 336))
     monkeypatch.setattr(router, "padded", lambda local, *_: [row[:, 0] > 9 for row in local])
+    (tmp_path / "file").touch()
     for what, said in (("weather", "invalid choice: 'weather'"), ("preprocessing", "other pixels"),
                        ("router", "chooses other tokens"), ("attention", "File exists")):
-        (tmp_path / "out").write_text("")
-        monkeypatch.setattr("sys.argv", ["bench", "--what", what, "--out", str(tmp_path / "out")])
+        monkeypatch.setattr("sys.argv", ["bench", "--what", what, "--out", f"{tmp_path}/file"])
         with pytest.raises(SystemExit) as stopped:
             run.main()
-        line = f"{stopped.value if what != 'weather' else capsys.readouterr().err.strip()}"
+        line = capsys.readouterr().err.strip() if what == "weather" else stopped.value.code
         assert "sliming.bench: " in line and said in line and "\n" not in line
