@@ -101,9 +101,9 @@ def data(device: torch.device, out: Path, count: int = 2_000_000) -> None:
             with open(path, "w") as file:
                 for index in range(count):
                     answer = {"from": "gpt", "value": f"picture {index} " * (1 + index % 20)}
-                    file.write(around[1] if index else around[0])
-                    json.dump({"id": str(index), "image": f"{index}.jpg",
-                               "conversations": [turn, answer]}, file)
+                    record = {"id": str(index), "image": f"{index}.jpg",
+                              "conversations": [turn, answer]}
+                    file.write((around[1] if index else around[0]) + json.dumps(record))
                 file.write(around[2])
             starts = []
             for _ in range(2):
