@@ -18,7 +18,6 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from sliming import distributed as ranks
 from sliming import watch
+from sliming.backbones import compile_layers
 from sliming.chat import IGNORE
 from sliming.checkpoints import files, pretrained, released
 from sliming.checkpoints.lora import add_lora, begin_lora, without_lora
@@ -123,6 +123,7 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
     if config.init_from and (Path(config.init_from) / "mm_projector.bin").is_file():
         released.fill_stage_files(model, Path(config.init_from))
     peaks = {"llm": recipe.llm_learning_rate}
+    fused = device.type == "cuda" or recipe.shard == "offload"
     groups = [{"params": [p for p in getattr(model, part).parameters() if p.requires_grad],
                "peak": peaks.get(part, recipe.learning_rate)} for part in plan.trained]
     trained = [parameter for group in groups for parameter in group["params"]]
@@ -138,7 +139,7 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
 
     out = Path(config.out) / f"stage{stage}"
     out.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused or None)
     settings = asdict(replace(config, stage=str(stage)))
     states = States(out / "resume", model, optimizer, settings, config.keep)
     first, skipped = states.restore() if config.resume == "auto" else states.discard()
@@ -147,7 +148,7 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
     template = plan.template or model.config.template
     work = Steps(records, model.processor, plan.parts, template, recipe, steps, folder, first, rank,
                  world, config.strict_data, noise=(config.seed, stage))
-    loader = DataLoader(work, batch_size=None, num_workers=config.workers,
+    loader = DataLoader(work, batch_size=None, num_workers=config.readers(device.type),
                         pin_memory=device.type == "cuda")
     model.train()
     model.vision.eval()
@@ -198,8 +199,7 @@ def prepare(model: SliME, config: TrainConfig, stage: int, device: torch.device)
     if recipe.recompute:
         model.llm.activation_checkpointing_enable({"use_reentrant": False})
     if config.compile:
-        for layer in model.llm.get_decoder().layers:
-            layer.compile(dynamic=True)  # packed rows have a new length in every batch
+        compile_layers(model.llm, recipe.bf16, device)
     model.use_attention(config.attention)
     # Units of sharding: the tower, every layer of the language model, and all the rest.
     units = [model.vision, *model.llm.get_decoder().layers, model]
@@ -253,8 +253,7 @@ def accumulate(run: Run, batches: list[Batch], rounds: int,
     for index in range(rounds):
         real = index < len(batches)
         batch = batches[index] if real else Batch.pack([model.processor.blank(learned=True)])
-        bf16 = torch.autocast(run.device.type, torch.bfloat16) if run.recipe.bf16 else nullcontext()
-        with bf16:
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.recipe.bf16):
             output = model(batch.to(run.device), parts=run.parts, normalizer=normalizer,
                            logits=False)
         (output.loss if real else 0 * output.loss).backward()

@@ -72,7 +72,7 @@ def run_parts(out: Path, parts: dict, device: str) -> None:
 
 def precision(device: torch.device, layers: int = 4, tokens: int = 4096) -> None:
     """How far bfloat16 logits of a packed Llama at 8B shapes are from float32 ones."""
-    from sliming.backbones import build_llm, cast
+    from sliming.backbones import Segments, build_llm, cast
     config = {**LANGUAGE_MODELS["llama3-8b"].to_dict(), "num_hidden_layers": layers}
     torch.manual_seed(0)
     exact = build_llm(config)
@@ -81,8 +81,9 @@ def precision(device: torch.device, layers: int = 4, tokens: int = 4096) -> None
         for parameter in exact.parameters():
             parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1)
         ids = torch.randint(config["vocab_size"], (1, tokens), device=device)
-        expected = exact(ids, segments=[tokens]).logits[0, 2000:]
-        got = cast(exact, torch.bfloat16)(ids, segments=[tokens]).logits[0, 2000:].float()
+        segments = Segments([tokens], device)
+        expected = exact(ids, segments=segments).logits[0, 2000:]
+        got = cast(exact, torch.bfloat16)(ids, segments=segments).logits[0, 2000:].float()
     worst = ((got - expected).norm() / expected.norm()).item()
     print(f"bfloat16 logits at positions 2,000 to {tokens:,}: {100 * worst:.1f} % from float32")
 
