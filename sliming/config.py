@@ -86,6 +86,7 @@ class Recipe:
     max_tokens: int | None = None    # of a sample, before routing; longer ones lose crops
     token_budget: int | None = None  # of a micro-batch on one device, before routing
     micro_batch: int | None = None   # records of a micro-batch, at most
+    pool: int = 0                    # built-in pictures, read by the tower once; 0: always new ones
 
     def check(self, world: int, joined: bool) -> None:
         """ValueError where the recipe does not fit `world` processes, `joined` by torchrun or not."""
@@ -221,6 +222,9 @@ class TrainConfig:
     max_tokens: int | None = flag("tokens of a sample at most, before routing: longer ones lose "
                                   "crops, never words", None, COUNT)
     token_budget: int | None = flag("tokens of a micro-batch at most, before routing", None, COUNT)
+    pool: int | None = flag("built-in pictures per stage, which the vision tower reads once and "
+                            "which come back with new words; 0: a new picture every time", None,
+                            NATURAL)
 
     def recipe(self, stage: int) -> Recipe:
         """The preset's recipe for a stage, with the flags that were given."""
@@ -247,6 +251,8 @@ class TrainConfig:
         words = sys.argv[1:] if words is None else words
         words = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in words]
         config = cls(**vars(parser.parse_args(words)))
+        if config.pool and (config.data or config.max_tokens):
+            parser.error("--pool is of whole built-in pictures: leave --data and --max-tokens away")
         if config.stage == "all" and config.init_from:
             parser.error("--init-from says where one stage starts: name the stage with --stage")
         return config

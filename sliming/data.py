@@ -29,6 +29,7 @@ from sliming.config import Recipe
 from sliming.images import open_image
 from sliming.inputs import Batch, Processor, Sample
 from sliming.records import RecordError, elements, inside, parse
+from sliming.slicer import Slices
 
 SMALL = 1 << 24  # bytes of a file that is indexed anew each time, in a fraction of a second
 
@@ -167,7 +168,8 @@ def load_sample(record: dict, folder: Path | None, template: str, processor: Pro
                 if not isinstance(image, str):
                     raise RecordError(f"an image must be a path, not {type(image).__name__}")
             images = [inside(folder, image) for image in images]
-        opened = [open_image(image) for image in images]
+        # Pictures that the tower has read already come as they are.
+        opened = [image if isinstance(image, Slices) else open_image(image) for image in images]
     except (ValueError, OSError) as error:
         raise RecordError(f"{name}: {error}") from error
     text, limit = encode(turns, template, processor.tokenizer), processor.config.max_crops
@@ -180,7 +182,8 @@ def load_sample(record: dict, folder: Path | None, template: str, processor: Pro
         if limit == 0 or parts == "global":
             raise RecordError(f"{name}: {length} tokens with the fewest crops, the limit is "
                               f"{max_tokens}; shorten the conversation")
-    return Sample(text, [processor.slice(image, limit, parts) for image in opened])
+    return Sample(text, [image if isinstance(image, Slices) else
+                         processor.slice(image, limit, parts) for image in opened])
 
 
 # -------------------------------------------------------------------------------------------- order

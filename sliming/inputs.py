@@ -40,7 +40,8 @@ class Batch:
     labels: Tensor                 # int64 [N], IGNORE where nothing is learned
     question: Tensor               # int64 [Q] token ids of the samples' questions
     global_views: Tensor           # uint8 [I, 3, S, S], or none of them in stage II
-    crops: Tensor                  # uint8 [sum P, 3, S, S], or none of them in stage I
+    crops: Tensor                  # uint8 [sum P, 3, S, S], or none of them in stage I; both may
+                                   # be the tower's features instead: float [.., L, Dv]
     runs: list[list[int]]          # per sample: words before, between and behind its images; sum N
     question_lengths: list[int]    # per sample; sum Q
     grids: list[tuple[int, int]]   # (columns, rows) per image

@@ -27,7 +27,7 @@ from sliming.images import ImageSource, open_image
 @dataclass(frozen=True, eq=False)
 class Slices:
     """What the vision tower sees of one image. Pixels stay uint8: a quarter of float32's bytes to
-    move."""
+    move. Or what it has said already: features [L, Dv] in the place of pixels [3, S, S]."""
 
     global_view: Tensor | None  # uint8 [3, S, S], contiguous; None where it was not asked for
     crops: Tensor | None        # uint8 [P, 3, S, S], row by row from the top left; None likewise

@@ -40,7 +40,7 @@ from sliming.config import PRESETS, STAGES, Recipe, TrainConfig
 from sliming.data import RecordError, Share, Steps, open_mixture
 from sliming.inputs import Batch, seed_of
 from sliming.model import SliME
-from sliming.tiny.pictures import TrainingSet
+from sliming.tiny.features import training_set
 
 
 @dataclass
@@ -117,12 +117,12 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
     for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):  # one whole model at a time in
         if turn == int(os.environ.get("LOCAL_RANK", 0)):            # the machine's memory
             model = initial_model(config, stage)
+            if config.data is None:  # the tower is asked before it is divided
+                records, folder = training_set(config, stage, model, device), None
             groups = prepare(model, config, stage, device)
         ranks.barrier()
     trained = [parameter for group in groups for parameter in group["params"]]
-    if config.data is None:
-        records, folder = TrainingSet(stage, config.seed), None
-    else:
+    if config.data is not None:
         records, folder = open_mixture(config.data, config.seed), Path(config.images)
     steps = recipe.steps or max(1, len(records) // recipe.batch_size)
     learned, all_of = (sum(p.numel() for p in some) for some in (trained, model.parameters()))
