@@ -41,9 +41,9 @@ def main() -> None:
             train_stage(config, stage, device)
             if is_main() and config.eval_questions and config.preset == "tiny":
                 evaluate(folder / f"stage{stage}", stage, config.eval_questions, device)
-        # All is done: there is nothing to go on from, and no picture to come back to.
-        for name in (*(f"stage{stage}/resume" for stage in wanted), "features") if is_main() else ():
-            shutil.rmtree(folder / name, ignore_errors=True)
+        if is_main():  # all is done: nothing to go on from, no picture to come back to
+            for name in ("features", *(f"stage{stage}/resume" for stage in wanted)):
+                shutil.rmtree(folder / name, ignore_errors=True)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     finally:

@@ -38,6 +38,7 @@ class SliMEConfig:
     look_nearby: dict | None = None  # gains of QueryFormer.look_nearby; None: the paper
     slicing: str = "paper"           # rule of slicer.choose_grid
     global_view: str = "pad"         # or "squash"
+    resize: str = "pillow"           # or "torch": who resizes; see slicer.resizer
     max_side: int = 6                # crops along a side, at most
     max_crops: int | None = None     # crops of an image, at most
     separator: str = ","             # its embedding stands between global view and local tokens
@@ -185,6 +186,9 @@ class TrainConfig:
     images: str = flag("folder that the image paths in --data are relative to", ".")
     vision: str | None = flag("folder or hub id of the vision tower, instead of the preset's")
     llm: str | None = flag("folder or hub id of the language model, instead of the preset's")
+    resize: str | None = flag("who resizes images, instead of the preset's or the checkpoint's: "
+                              "pillow, or torch in a fraction of the time",
+                              choices=("pillow", "torch"))
     init_from: str | None = flag("checkpoint to start from, instead of the stage before (for stage "
                                  "1, the backbones); also a stage folder of the released code")
     resume: str = flag("auto: go on with an interrupted run in --out; never: start anew", "auto",

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from sliming.chat import IMAGE, encode
 from sliming.config import Recipe
-from sliming.images import open_image
+from sliming.images import full_size
 from sliming.inputs import Batch, Processor, Sample
 from sliming.records import RecordError, elements, inside, parse
 from sliming.slicer import Slices
@@ -169,12 +169,13 @@ def load_sample(record: dict, folder: Path | None, template: str, processor: Pro
                     raise RecordError(f"an image must be a path, not {type(image).__name__}")
             images = [inside(folder, image) for image in images]
         # Pictures that the tower has read already come as they are.
-        opened = [image if isinstance(image, Slices) else open_image(image) for image in images]
+        opened = [image if isinstance(image, Slices) else processor.open(image)
+                  for image in images]
     except (ValueError, OSError) as error:
         raise RecordError(f"{name}: {error}") from error
     text, limit = encode(turns, template, processor.tokenizer), processor.config.max_crops
     while max_tokens is not None:
-        grids = [processor.grid(image.width, image.height, limit) for image in opened]
+        grids = [processor.grid(*full_size(image), limit) for image in opened]
         length = processor.token_count(text, grids, parts)
         if length <= max_tokens:
             break

@@ -153,7 +153,9 @@ def initial_model(config: TrainConfig, stage: int) -> SliME:
     """The model that a stage starts from. FileNotFoundError with the command to run first,
     CheckpointError if the checkpoint was made with another preset's backbones."""
     preset = PRESETS[config.preset].model
-    preset = replace(preset, vision=config.vision or preset.vision, llm=config.llm or preset.llm)
+    given = {name: value for name in ("vision", "llm", "resize")
+             if (value := getattr(config, name)) is not None}
+    preset = replace(preset, **given)
     # What is frozen may be bfloat16; what is trained becomes float32 in `prepare`.
     dtype = torch.bfloat16 if config.recipe(stage).bf16 else torch.float32
     before = Path(config.init_from or Path(config.out) / f"stage{stage - 1}")
@@ -177,6 +179,7 @@ def initial_model(config: TrainConfig, stage: int) -> SliME:
         if config.init_from is None and had != wants:
             raise CheckpointError(f"{before} is a checkpoint of another preset: its {name} is "
                                   f"{had!r}, preset {config.preset} has {wants!r}")
+    model.config.resize = config.resize or model.config.resize
     watch.say(f"stage {stage} starts from {before}")
     return model
 

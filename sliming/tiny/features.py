@@ -42,7 +42,7 @@ class Features(Sequence):
                  parts: str):
         c = model.config
         content = hashlib.sha256(repr((parts, c.vision_config, c.slicing, c.global_view, c.max_side,
-                                       c.max_crops)).encode())
+                                       c.max_crops, c.resize)).encode())
         for tensor in model.vision.state_dict().values():
             content.update(tensor.float().cpu().numpy().tobytes())
         self.path = folder / f"{name}-{content.hexdigest()[:16]}.f32"

@@ -76,7 +76,7 @@ def held_out_accuracy(
     known = {}
     if folder is not None:
         for family in FAMILIES:
-            pictures = (held_out(family, index, across_seams)["image"] for index in range(questions))
+            pictures = (held_out(family, i, across_seams)["image"] for i in range(questions))
             name = f"held-out-{family}-{questions}-pictures{'-across-seams' * across_seams}"
             known[family] = Features(folder, name, pictures, model, parts)
     # The random tokens have a seed per batch; the training's own stream goes on as if not used.
