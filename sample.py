@@ -26,14 +26,12 @@ def main() -> None:
     from sliming.checkpoints.files import newest
     from sliming.distributed import choose_dtype, rank_device
     from sliming.generate import answer_file
-    from sliming.images import open_image
     from sliming.model import SliME
     device = rank_device()
     torch.manual_seed(flags.seed)
     options = {"gamma": flags.gamma, "max_new_tokens": flags.max_new_tokens,
                "temperature": flags.temperature, "top_p": flags.top_p}
     try:
-        images = [open_image(path) for path in flags.image]
         model = SliME.from_pretrained(flags.checkpoint or newest(flags.out),
                                       dtype=choose_dtype(flags.dtype, device)).to(device)
         model.use_attention(flags.attention)
@@ -41,15 +39,15 @@ def main() -> None:
             answer_file(model, flags.batch, flags.images, flags.answers, flags.batch_size,
                         **options)
         else:
-            converse(model, images, flags, options)
+            converse(model, flags, options)
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
 
 
-def converse(model, images: list, flags: argparse.Namespace, options: dict) -> None:
+def converse(model, flags: argparse.Namespace, options: dict) -> None:
     """Answers --prompt or, without it, line after line from the keyboard; an empty one ends it."""
     from sliming.generate import Conversation
-    conversation = Conversation(model, images, **options)
+    conversation = Conversation(model, flags.image, **options)
     while question := flags.prompt or read_line():
         answer, first = "", conversation.first is None
         for piece in conversation.ask(question):

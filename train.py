@@ -41,8 +41,9 @@ def main() -> None:
             train_stage(config, stage, device)
             if is_main() and config.eval_questions and config.preset == "tiny":
                 evaluate(folder / f"stage{stage}", stage, config.eval_questions, device)
-        for stage in wanted if is_main() else ():  # all is done: nothing to go on from
-            shutil.rmtree(folder / f"stage{stage}" / "resume", ignore_errors=True)
+        if is_main():  # all is done: nothing to go on from, no picture to come back to
+            for name in ("features", *(f"stage{stage}/resume" for stage in wanted)):
+                shutil.rmtree(folder / name, ignore_errors=True)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     finally:
@@ -57,7 +58,8 @@ def evaluate(folder: Path, stage: int, questions: int, device) -> None:
     from sliming.watch import say
     model = SliME.from_pretrained(folder).to(device)
     # After stage I only the global view is trained; the later stages answer with everything.
-    results = held_out_accuracy(model, questions, "global" if stage == 1 else "both")
+    results = held_out_accuracy(model, questions, "global" if stage == 1 else "both",
+                                folder=folder.parent / "features")
     (folder / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
     say(table(results))
 

@@ -38,6 +38,7 @@ class SliMEConfig:
     look_nearby: dict | None = None  # gains of QueryFormer.look_nearby; None: the paper
     slicing: str = "paper"           # rule of slicer.choose_grid
     global_view: str = "pad"         # or "squash"
+    resize: str = "pillow"           # or "torch": who resizes; see slicer.resizer
     max_side: int = 6                # crops along a side, at most
     max_crops: int | None = None     # crops of an image, at most
     separator: str = ","             # its embedding stands between global view and local tokens
@@ -86,6 +87,7 @@ class Recipe:
     max_tokens: int | None = None    # of a sample, before routing; longer ones lose crops
     token_budget: int | None = None  # of a micro-batch on one device, before routing
     micro_batch: int | None = None   # records of a micro-batch, at most
+    pool: int = 0                    # built-in pictures, read by the tower once; 0: always new ones
 
     def check(self, world: int, joined: bool) -> None:
         """ValueError where the recipe does not fit `world` processes, `joined` by torchrun or not."""
@@ -184,6 +186,9 @@ class TrainConfig:
     images: str = flag("folder that the image paths in --data are relative to", ".")
     vision: str | None = flag("folder or hub id of the vision tower, instead of the preset's")
     llm: str | None = flag("folder or hub id of the language model, instead of the preset's")
+    resize: str | None = flag("who resizes images, instead of the preset's or the checkpoint's: "
+                              "pillow, or torch in a fraction of the time",
+                              choices=("pillow", "torch"))
     init_from: str | None = flag("checkpoint to start from, instead of the stage before (for stage "
                                  "1, the backbones); also a stage folder of the released code")
     resume: str = flag("auto: go on with an interrupted run in --out; never: start anew", "auto",
@@ -221,6 +226,9 @@ class TrainConfig:
     max_tokens: int | None = flag("tokens of a sample at most, before routing: longer ones lose "
                                   "crops, never words", None, COUNT)
     token_budget: int | None = flag("tokens of a micro-batch at most, before routing", None, COUNT)
+    pool: int | None = flag("built-in pictures per stage, which the vision tower reads once and "
+                            "which come back with new words; 0: a new picture every time", None,
+                            NATURAL)
 
     def recipe(self, stage: int) -> Recipe:
         """The preset's recipe for a stage, with the flags that were given."""
@@ -251,6 +259,8 @@ class TrainConfig:
         words = sys.argv[1:] if words is None else words
         words = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in words]
         config = cls(**vars(parser.parse_args(words)))
+        if config.pool and (config.data or config.max_tokens):
+            parser.error("--pool is of whole built-in pictures: leave --data and --max-tokens away")
         if config.stage == "all" and config.init_from:
             parser.error("--init-from says where one stage starts: name the stage with --stage")
         return config

@@ -38,7 +38,7 @@ from sliming.config import PRESETS, STAGES, Recipe, TrainConfig
 from sliming.data import RecordError, Share, Steps, open_mixture
 from sliming.inputs import Batch, seed_of
 from sliming.model import SliME
-from sliming.tiny.pictures import TrainingSet
+from sliming.tiny.features import training_set
 
 
 @dataclass
@@ -128,7 +128,7 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
                "peak": peaks.get(part, recipe.learning_rate)} for part in plan.trained]
     trained = [parameter for group in groups for parameter in group["params"]]
     if config.data is None:
-        records, folder = TrainingSet(stage, config.seed), None
+        records, folder = training_set(config, stage, model, device), None
     else:
         records, folder = open_mixture(config.data, config.seed), Path(config.images)
     steps = recipe.steps or max(1, len(records) // recipe.batch_size)
@@ -160,7 +160,9 @@ def starting_point(config: TrainConfig, stage: int) -> files.Checkpoint:
     """What a stage starts from. FileNotFoundError with the command to run first, CheckpointError if
     the checkpoint was made with another preset's backbones."""
     preset = PRESETS[config.preset].model
-    preset = replace(preset, vision=config.vision or preset.vision, llm=config.llm or preset.llm)
+    given = {name: value for name in ("vision", "llm", "resize")
+             if (value := getattr(config, name)) is not None}
+    preset = replace(preset, **given)
     before = Path(config.init_from or Path(config.out) / f"stage{stage - 1}")
     adapters = config.init_from is not None and (before / "mm_projector.bin").is_file()
     if adapters or (config.init_from is None and stage == 1):
@@ -180,6 +182,7 @@ def starting_point(config: TrainConfig, stage: int) -> files.Checkpoint:
             raise files.CheckpointError(
                 f"{before} is a checkpoint of another preset: its {name} is {had!r}, preset "
                 f"{config.preset} has {wants!r}")
+    found.config.resize = config.resize or found.config.resize
     watch.say(f"stage {stage} starts from {before}")
     return found
 

@@ -1,6 +1,7 @@
 """Records, files and order: what is wrong is said in one line, and the order does not depend on ranks or workers."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sliming import data
+from sliming import inputs
 from sliming.config import STAGES, Recipe
 from sliming.data import RecordFile, Steps, check_record, load_sample, open_mixture
 from sliming.inputs import Batch
@@ -178,7 +179,8 @@ def test_too_long_samples_lose_crops_and_never_words(model, tmp_path, monkeypatc
         {"from": "human", "value": "<image> <image>\nWhat?"}, {"from": "gpt", "value": "that " * 30}])
     monkeypatch.setattr(model.config, "slicing", rule)
     reads = []
-    monkeypatch.setattr(data, "open_image", lambda path: reads.append(path) or open_image(path))
+    monkeypatch.setattr(inputs, "open_image", lambda source, *rest: (
+        reads.append(source) if isinstance(source, Path) else None) or open_image(source, *rest))
     counts = []
     for limit in (None, 330, 280):
         sample = load_sample(long, tmp_path, "chat", model.processor, max_tokens=limit)
