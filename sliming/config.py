@@ -196,8 +196,9 @@ class TrainConfig:
     save_every: int = flag("steps between states to resume from", 200, COUNT)
     keep: int = flag("states to keep", 2, COUNT)
     seed: int = flag("of initialisation, order, noise and the built-in pictures", 0, SEED)
-    workers: int | None = flag("processes per rank that read and slice images; 0: the training "
-                               "process itself; None: 4 where there is a GPU, else 0", None, NATURAL)
+    workers: int | None = flag("processes per rank that read and slice images, 0: the training "
+                               "process itself; by default 4 where there is a GPU, else 0", None,
+                               NATURAL)
     strict_data: bool = flag("stop at a bad record instead of skipping and counting it", False)
     eval_questions: int = flag("held-out questions of each family after each stage of the tiny "
                                "preset; 0: none", 512, NATURAL)

@@ -85,6 +85,10 @@ class RecordFile(Sequence):
         os.replace(temporary, place)
         self.index = np.load(place, mmap_mode="r")[1:]
 
+    def __reduce__(self) -> tuple:
+        """A worker that is handed the file opens it anew: the index is not copied."""
+        return RecordFile, (self.path,)
+
     def __len__(self) -> int:
         return len(self.index)
 
