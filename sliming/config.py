@@ -196,8 +196,8 @@ class TrainConfig:
     save_every: int = flag("steps between states to resume from", 200, COUNT)
     keep: int = flag("states to keep", 2, COUNT)
     seed: int = flag("of initialisation, order, noise and the built-in pictures", 0, SEED)
-    workers: int = flag("processes per rank that read and slice images; 0: the training process", 0,
-                        NATURAL)
+    workers: int | None = flag("processes per rank that read and slice images; 0: the training "
+                               "process itself; None: 4 where there is a GPU, else 0", None, NATURAL)
     strict_data: bool = flag("stop at a bad record instead of skipping and counting it", False)
     eval_questions: int = flag("held-out questions of each family after each stage of the tiny "
                                "preset; 0: none", 512, NATURAL)
@@ -206,7 +206,7 @@ class TrainConfig:
     adapter_schedule: str = flag("stage 1: together, or alternate (the MLP first, then the query "
                                  "former behind it)", "together",
                                  choices=("together", "alternate"))
-    compile: bool = flag("torch.compile the language model's layers", False)
+    compile: bool = flag("torch.compile the language model's layers (a GPU and --bf16)", False)
     tensorboard: bool = flag("also write TensorBoard's files (pip install tensorboard)", False)
 
     max_steps: int | None = flag("optimizer steps per stage", None, COUNT)
@@ -239,6 +239,10 @@ class TrainConfig:
         if "llm" not in STAGES[stage].trained:
             given["lora"] = False
         return replace(PRESETS[self.preset].recipes[stage], **given)
+
+    def readers(self, device: str) -> int:
+        """Data workers of a rank on a device of that type."""
+        return (4 if device == "cuda" else 0) if self.workers is None else self.workers
 
     @classmethod
     def from_flags(cls, description: str, words: list[str] | None = None) -> "TrainConfig":

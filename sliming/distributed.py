@@ -4,7 +4,8 @@ Everything here also works in a single process without torchrun.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -81,18 +82,15 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
         parameter.grad = part.view_as(parameter)
 
 
-def place(units: list[nn.Module], how: str, bf16: bool, device: torch.device) -> None:
-    """Moves a model, the last of `units`, to the device and divides its parameters, gradients and
-    optimizer state among the ranks (FSDP2).
+def shard(units: list[nn.Module], how: str, bf16: bool, device: torch.device) -> None:
+    """Divides parameters, gradients and optimizer state among the ranks (FSDP2).
 
-    Each of `units` is gathered when it runs. `how`, of config.SHARDING: "grads" keeps what was
-    gathered until the backward pass has used it; "params" and "offload" gather it again, and the
-    latter keeps parameters on the CPU between uses. Gradients are summed, not averaged, as each
-    rank's loss is divided by the global batch's tokens already.
+    Each of `units`, the whole model last, is gathered when it runs. `how`, of config.SHARDING:
+    "grads" keeps what was gathered until the backward pass has used it; "params" and "offload"
+    gather it again, and the latter keeps parameters on the CPU between uses. Gradients are summed,
+    not averaged, as each rank's loss is divided by the global batch's tokens already.
     """
-    model = units[-1]
     if how == "none":
-        model.to(device)
         return
     options = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
                "reshard_after_forward": how != "grads", "offload_policy": OffloadPolicy()}
@@ -103,15 +101,27 @@ def place(units: list[nn.Module], how: str, bf16: bool, device: torch.device) ->
                                                     reduce_dtype=torch.float32)
     for unit in units:
         fully_shard(unit, **options)
-    for module in model.modules():
+    for module in units[-1].modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-    if how == "offload":
+
+
+@torch.no_grad()
+def materialise(model: nn.Module, device: torch.device | str, offload: bool = False) -> None:
+    """Gives memory to parameters on the meta device, or to this rank's part of them, to be filled;
+    moves the others and the buffers. `offload`: parameters go to the CPU."""
+    def everything():
+        return chain(model.named_parameters(), model.named_buffers())
+
+    kept = {name: tensor.detach() for name, tensor in everything() if not tensor.is_meta}
+    model.to_empty(device="cpu" if offload else device)
+    for name, tensor in everything():
+        if name in kept:
+            tensor.copy_(kept[name])
+    if offload:
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
-    else:
-        model.to(device)
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -119,12 +129,33 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().clone() if hasattr(tensor, "full_tensor") else tensor
 
 
-def whole(tensors: dict[str, Tensor], half: Callable[[str], bool]) -> dict[str, Tensor]:
-    """All tensors gathered on the CPU of the first rank, {} on the others; those whose name `half`
-    names in bfloat16."""
-    on_cpu = {}
-    for name, tensor in tensors.items():
-        tensor = gathered(tensor.detach())
-        if is_main():
-            on_cpu[name] = (tensor.bfloat16() if half(name) else tensor).cpu()
-    return on_cpu
+def rows_of(tensor: Tensor) -> list[int]:
+    """How FSDP divides a tensor's rows among the ranks: equal blocks, the last ones shorter."""
+    world = rank_and_world()[1]
+    block = -(-len(tensor) // world)
+    return [max(0, min(block, len(tensor) - rank * block)) for rank in range(world)]
+
+
+def put(own: Tensor, value: Tensor) -> None:
+    """Copies a whole tensor into `own` or, where that is divided among the ranks, its rows."""
+    if hasattr(own, "to_local"):
+        value, own = value.split(rows_of(value))[rank_and_world()[0]], own.to_local()
+    own.copy_(value)
+
+
+def collected(tensor: Tensor) -> Iterator[Tensor]:
+    """On the first rank a tensor's rows in order, from all ranks, part by part; the others send
+    theirs and get none. So no rank ever holds a whole one. Each of them must iterate."""
+    if not hasattr(tensor, "to_local"):
+        yield from [tensor] if is_main() else []
+        return
+    local = tensor.to_local()
+    for rank, rows in enumerate(rows_of(tensor)):
+        if rows and is_main():
+            part = local
+            if rank > 0:
+                part = local.new_empty(rows, *local.shape[1:])
+                dist.recv(part, rank)
+            yield part
+        elif rows and rank == rank_and_world()[0]:
+            dist.send(local.contiguous(), 0)

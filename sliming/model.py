@@ -19,8 +19,7 @@ queries per crop, M = P Nq local tokens of an image, K kept of them, N words, T 
 vision width, D model width, C vocabulary.
 """
 
-import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,10 +30,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, PreTrainedModel
 
-from sliming.backbones import VisionTower, build_llm, cast, load_llm, load_vision
+from sliming.backbones import Segments, VisionTower, build_llm, cast
 from sliming.chat import IGNORE
-from sliming.checkpoints import files, released
+from sliming.checkpoints import files, pretrained, released
+from sliming.checkpoints.lora import without_lora
 from sliming.config import SliMEConfig
+from sliming.distributed import materialise
 from sliming.generate import Answering
 from sliming.inputs import Batch, Processor
 from sliming.moe_adapter import MoEAdapter
@@ -184,9 +185,10 @@ class SliME(nn.Module, Answering, ModelHubMixin):
         # Images: global view, separator, what is kept of the local tokens.
         images = [[view] for view in visual.whole] or [[] for _ in batch.grids]  # I of [[L, D]]
         if visual.local:
-            separator = table(batch.words.new_tensor([self.processor.separator_id]))
-            counts = torch.stack([keep.sum() for keep in visual.keep]).tolist()
-            kept = torch.cat(visual.local)[torch.cat(visual.keep)].split(counts)  # I of [K, D]
+            separator = table(batch.words.new_full((1,), self.processor.separator_id))
+            counts = torch.stack([keep.sum() for keep in visual.keep]).tolist()  # waits for a GPU
+            kept = torch.nonzero_static(torch.cat(visual.keep), size=sum(counts))[:, 0]
+            kept = torch.cat(visual.local)[kept].split(counts)                 # I of [K, D]
             for image, tokens in zip(images, kept, strict=True):
                 image += [separator, tokens] if image else [tokens]            # [1, D], [K, D]
         images = iter([torch.cat(image) for image in images])
@@ -213,9 +215,9 @@ class SliME(nn.Module, Answering, ModelHubMixin):
 
     def decode(self, embeddings: Tensor, lengths: list[int]) -> Tensor:
         """The language model over packed samples, positions restarting: [T, D] -> [T, D]."""
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(embeddings.device)
-        output = self.llm.get_decoder()(inputs_embeds=embeddings[None], segments=lengths,
-                                        position_ids=positions[None], use_cache=False)
+        segments = Segments(lengths, embeddings.device)
+        output = self.llm.get_decoder()(inputs_embeds=embeddings[None], segments=segments,
+                                        position_ids=segments.positions[None], use_cache=False)
         return output.last_hidden_state[0]
 
     def use_attention(self, choice: str) -> None:
@@ -227,13 +229,8 @@ class SliME(nn.Module, Answering, ModelHubMixin):
     @classmethod
     def from_backbones(cls, config: SliMEConfig, dtype: torch.dtype = torch.float32) -> "SliME":
         """A model to train: pretrained tower and language model, everything between them new."""
-        vision = load_vision(config.vision, config.vision_layer)
-        llm, tokenizer = load_llm(config.llm, dtype)
-        # The tower is cut already: what it has left is used to its last layer.
-        config = replace(config, vision_layer=-1,
-                         vision_config=json.loads(vision.clip.config.to_json_string()),
-                         llm_config=json.loads(llm.config.to_json_string()))
-        return cast(cls(config, vision, llm, Processor(config, tokenizer)), dtype)
+        found = pretrained.read(config)
+        return cls.build(found, dtype).fill(found, "cpu")
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, dtype: torch.dtype = torch.float32,
@@ -244,28 +241,37 @@ class SliME(nn.Module, Answering, ModelHubMixin):
         `float32`: submodules that stay in float32 whatever `dtype` is. Raises FileNotFoundError or
         CheckpointError, in one line, for what is no checkpoint.
         """
-        folder = files.find(name, revision)
-        found = (released if released.is_released(folder) else files).read(folder)
-        config = found.config
-        vision = VisionTower(CLIPVisionConfig.from_dict(config.vision_config), config.vision_layer)
-        model = cls(config, vision, build_llm(config.llm_config, dtype),
-                    Processor(config, found.tokenizer))
-        cast(model, dtype)
-        for part in float32:
-            cast(getattr(model, part), torch.float32)
-        files.fill(model.tensors(), found.tensors, folder, found.called)
-        return model.eval()
+        found = released.read_any(files.find(name, revision))
+        return cls.build(found, dtype, float32).fill(found, "cpu").eval()
 
-    def save_pretrained(self, folder: str | Path, *, tensors: dict[str, Tensor] | None = None,
-                        config: None = None, model_card_kwargs: dict | None = None) -> None:
+    @classmethod
+    def build(cls, found: files.Checkpoint, dtype: torch.dtype,
+              float32: tuple[str, ...] = ()) -> "SliME":
+        """The model of a checkpoint, tower and language model still without weights (`fill`)."""
+        c = found.config
+        tower = pretrained.cut(CLIPVisionConfig.from_dict(c.vision_config), c.vision_layer)
+        model = cls(c, VisionTower(tower), build_llm(c.llm_config, dtype),
+                    Processor(c, found.tokenizer))
+        for name, part in model.named_children():
+            cast(part, torch.float32 if name in float32 else dtype)
+        return model
+
+    def fill(self, found: files.Checkpoint, device: torch.device | str,
+             offload: bool = False) -> "SliME":
+        """Moves the model to a device and reads its weights, or this rank's part of them."""
+        materialise(self, device, offload)
+        self.llm.tie_weights()
+        files.fill(without_lora(self.tensors()), found.tensors, found.folder, found.called,
+                   found.optional)
+        return self
+
+    def save_pretrained(self, folder: str | Path, *, config: None = None,
+                        model_card_kwargs: dict | None = None) -> None:
         """Writes config.json, safetensors and the tokenizer's files; what was there before stays
-        whole until all is written. OSError on a full disk.
-
-        `tensors`: instead of the model's own, which may be divided among ranks. The other keywords
-        are what the mixin's `push_to_hub` passes along; the configuration is the model's own.
+        whole until all is written. OSError on a full disk. The keywords are what the mixin's
+        `push_to_hub` passes along; the configuration is the model's own.
         """
-        tensors = self.tensors() if tensors is None else tensors
-        files.write(Path(folder), self.config, tensors, self.processor.tokenizer)
+        files.write(Path(folder), self.config, self.tensors(), self.processor.tokenizer)
 
     def tensors(self) -> dict[str, Tensor]:
         """All parameters and persistent buffers by name; tied weights once."""

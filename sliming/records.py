@@ -155,32 +155,37 @@ def lines(path: Path) -> Iterator[tuple[int, object]]:
         raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def mend(path: Path) -> None:
+    """Makes a JSONL file that a program of this package appends to end with a whole line: a last
+    one that was torn when its writer was killed is cut off. Reads no more than that line.
+    """
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        end = start = file.seek(0, os.SEEK_END)
+        last = b""
+        while start and b"\n" not in last:
+            start = max(0, start - CHUNK)
+            file.seek(start)
+            last = file.read(end - start)
+        last = last[last.rfind(b"\n") + 1:]
+        try:
+            if last:
+                parse(last, path, 0)
+                file.write(b"\n")  # whole, but for its end
+        except RecordError:
+            file.truncate(end - len(last))
+
+
 def resume(path: Path) -> list[dict]:
     """The rows of a JSONL file that a program of this package appends to, [] where there is none.
 
-    After it the file ends with a whole line: a last one that was torn when its writer was killed
-    is cut off. RecordError for anything else that is broken.
+    A torn last line is cut off (`mend`); RecordError for anything else that is broken.
     """
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole, last = content[:content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1:]
-    if last.strip():
-        try:
-            parse(last, path, 0)
-            whole = content + b"\n"
-        except RecordError:
-            pass  # torn
-    if whole != content:
-        os.truncate(path, min(len(whole), len(content)))
-        if len(whole) > len(content):
-            with open(path, "ab") as file:
-                file.write(b"\n")
+    mend(path)
     rows = []
-    for number, line in enumerate(whole.split(b"\n"), 1):
-        if line.strip():
-            row = parse(line, path, number)
-            if not isinstance(row, dict):
-                raise RecordError(f"{path}, line {number}: not a row of this program; remove it")
-            rows.append(row)
+    for number, row in lines(path) if path.exists() else ():
+        if not isinstance(row, dict):
+            raise RecordError(f"{path}, line {number}: not a row of this program; remove it")
+        rows.append(row)
     return rows

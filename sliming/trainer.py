@@ -16,10 +16,8 @@ at all. The noise of gate and router belongs to the record (data.py).
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -31,10 +29,10 @@ from torch.utils.data import DataLoader
 
 from sliming import distributed as ranks
 from sliming import watch
+from sliming.backbones import compile_layers
 from sliming.chat import IGNORE
-from sliming.checkpoints.files import CheckpointError
-from sliming.checkpoints.lora import add_lora, without_lora, write_lora
-from sliming.checkpoints.released import fill_stage_files
+from sliming.checkpoints import files, pretrained, released
+from sliming.checkpoints.lora import add_lora, begin_lora, without_lora
 from sliming.checkpoints.states import States
 from sliming.config import PRESETS, STAGES, Recipe, TrainConfig
 from sliming.data import RecordError, Share, Steps, open_mixture
@@ -114,15 +112,24 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
     torch.manual_seed(config.seed)
     plan, recipe, (rank, world) = STAGES[stage], config.recipe(stage), ranks.rank_and_world()
     recipe.check(world, dist.is_initialized())
-    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):  # one whole model at a time in
-        if turn == int(os.environ.get("LOCAL_RANK", 0)):            # the machine's memory
-            model = initial_model(config, stage)
-            if config.data is None:  # the tower is asked before it is divided
-                records, folder = training_set(config, stage, model, device), None
-            groups = prepare(model, config, stage, device)
-        ranks.barrier()
+    found = starting_point(config, stage)
+    # What is frozen may be bfloat16; what is trained becomes float32 in `prepare`.
+    dtype = torch.bfloat16 if recipe.bf16 else torch.float32
+    model = SliME.build(found, dtype, float32=("adapter", "compression"))
+    prepare(model, config, stage, device)
+    model.fill(found, device, offload=recipe.shard == "offload")
+    if recipe.lora:
+        begin_lora(model.llm)
+    if config.init_from and (Path(config.init_from) / "mm_projector.bin").is_file():
+        released.fill_stage_files(model, Path(config.init_from))
+    peaks = {"llm": recipe.llm_learning_rate}
+    fused = device.type == "cuda" or recipe.shard == "offload"
+    groups = [{"params": [p for p in getattr(model, part).parameters() if p.requires_grad],
+               "peak": peaks.get(part, recipe.learning_rate)} for part in plan.trained]
     trained = [parameter for group in groups for parameter in group["params"]]
-    if config.data is not None:
+    if config.data is None:
+        records, folder = training_set(config, stage, model, device), None
+    else:
         records, folder = open_mixture(config.data, config.seed), Path(config.images)
     steps = recipe.steps or max(1, len(records) // recipe.batch_size)
     learned, all_of = (sum(p.numel() for p in some) for some in (trained, model.parameters()))
@@ -132,7 +139,7 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
 
     out = Path(config.out) / f"stage{stage}"
     out.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused or None)
     settings = asdict(replace(config, stage=str(stage)))
     states = States(out / "resume", model, optimizer, settings, config.keep)
     first, skipped = states.restore() if config.resume == "auto" else states.discard()
@@ -141,7 +148,7 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
     template = plan.template or model.config.template
     work = Steps(records, model.processor, plan.parts, template, recipe, steps, folder, first, rank,
                  world, config.strict_data, noise=(config.seed, stage))
-    loader = DataLoader(work, batch_size=None, num_workers=config.workers,
+    loader = DataLoader(work, batch_size=None, num_workers=config.readers(device.type),
                         pin_memory=device.type == "cuda")
     model.train()
     model.vision.eval()
@@ -149,46 +156,40 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
                skipped, iter(loader))
 
 
-def initial_model(config: TrainConfig, stage: int) -> SliME:
-    """The model that a stage starts from. FileNotFoundError with the command to run first,
-    CheckpointError if the checkpoint was made with another preset's backbones."""
+def starting_point(config: TrainConfig, stage: int) -> files.Checkpoint:
+    """What a stage starts from. FileNotFoundError with the command to run first, CheckpointError if
+    the checkpoint was made with another preset's backbones."""
     preset = PRESETS[config.preset].model
     given = {name: value for name in ("vision", "llm", "resize")
              if (value := getattr(config, name)) is not None}
     preset = replace(preset, **given)
-    # What is frozen may be bfloat16; what is trained becomes float32 in `prepare`.
-    dtype = torch.bfloat16 if config.recipe(stage).bf16 else torch.float32
     before = Path(config.init_from or Path(config.out) / f"stage{stage - 1}")
-    released = config.init_from is not None and (before / "mm_projector.bin").is_file()
-    if released or (config.init_from is None and stage == 1):
-        adapters = f" and the adapters in {before}" if released else ""
+    adapters = config.init_from is not None and (before / "mm_projector.bin").is_file()
+    if adapters or (config.init_from is None and stage == 1):
+        also = f" and the adapters in {before}" if adapters else ""
         watch.say(f"stage {stage} starts from the backbones {preset.vision} (vision) and "
-                  f"{preset.llm} (language){adapters}")
-        model = SliME.from_backbones(preset, dtype)
-        if released:
-            fill_stage_files(model, before)
-        return model
+                  f"{preset.llm} (language){also}")
+        return pretrained.read(preset)
     if config.init_from is None and not (before / "config.json").is_file():
         raise FileNotFoundError(
             f"stage {stage} starts from stage {stage - 1}, and {before} has no checkpoint; run "
             f"first: python train.py --stage {stage - 1} --preset {config.preset} --out "
             f"{config.out}")
-    model = SliME.from_pretrained(str(before), dtype=dtype, float32=("adapter", "compression"))
+    found = released.read_any(files.find(before))
     for name in ("vision", "llm", "num_queries"):
-        had, wants = getattr(model.config, name), getattr(preset, name)
+        had, wants = getattr(found.config, name), getattr(preset, name)
         if config.init_from is None and had != wants:
-            raise CheckpointError(f"{before} is a checkpoint of another preset: its {name} is "
-                                  f"{had!r}, preset {config.preset} has {wants!r}")
-    model.config.resize = config.resize or model.config.resize
+            raise files.CheckpointError(
+                f"{before} is a checkpoint of another preset: its {name} is {had!r}, preset "
+                f"{config.preset} has {wants!r}")
+    found.config.resize = config.resize or found.config.resize
     watch.say(f"stage {stage} starts from {before}")
-    return model
+    return found
 
 
-def prepare(model: SliME, config: TrainConfig, stage: int, device: torch.device) -> list[dict]:
-    """Freezes, casts, adds LoRA, shards: everything between a loaded model and its first step.
-
-    Returns the optimizer's parameter groups. What is trained is float32, the rest as it was loaded.
-    """
+def prepare(model: SliME, config: TrainConfig, stage: int, device: torch.device) -> None:
+    """Freezes, casts, adds LoRA, shards: all that is done to a model before its weights are read.
+    What is trained is float32."""
     recipe, plan = config.recipe(stage), STAGES[stage]
     model.requires_grad_(False)
     if recipe.lora:
@@ -201,16 +202,11 @@ def prepare(model: SliME, config: TrainConfig, stage: int, device: torch.device)
     if recipe.recompute:
         model.llm.activation_checkpointing_enable({"use_reentrant": False})
     if config.compile:
-        for layer in model.llm.get_decoder().layers:
-            layer.compile(dynamic=True)  # packed rows have a new length in every batch
+        compile_layers(model.llm, recipe.bf16, device)
     model.use_attention(config.attention)
     # Units of sharding: the tower, every layer of the language model, and all the rest.
     units = [model.vision, *model.llm.get_decoder().layers, model]
-    ranks.place(units, recipe.shard, recipe.bf16, device)
-    # Sharding replaces parameters: they are collected afterwards.
-    peaks = {"llm": recipe.llm_learning_rate}
-    return [{"params": [p for p in getattr(model, part).parameters() if p.requires_grad],
-             "peak": peaks.get(part, recipe.learning_rate)} for part in plan.trained]
+    ranks.shard(units, recipe.shard, recipe.bf16, device)
 
 
 # ------------------------------------------------------------------------------------------- a step
@@ -260,8 +256,7 @@ def accumulate(run: Run, batches: list[Batch], rounds: int,
     for index in range(rounds):
         real = index < len(batches)
         batch = batches[index] if real else Batch.pack([model.processor.blank(learned=True)])
-        bf16 = torch.autocast(run.device.type, torch.bfloat16) if run.recipe.bf16 else nullcontext()
-        with bf16:
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.recipe.bf16):
             output = model(batch.to(run.device), parts=run.parts, normalizer=normalizer,
                            logits=False)
         (output.loss if real else 0 * output.loss).backward()
@@ -290,13 +285,13 @@ def finish(run: Run, history: list[dict]) -> None:
     was there whole."""
     model, out = run.model, run.out
     model.adapter.expert = model.config.expert
+    tensors = model.tensors()
     # The language model's master weights are float32 only for training's sake.
-    tensors = ranks.whole(model.tensors(), half=lambda name: run.recipe.bf16 and
-                          name.startswith("llm.") and ".lora_" not in name)
+    files.write(out, model.config, without_lora(tensors), model.processor.tokenizer,
+                half=lambda name: run.recipe.bf16 and name.startswith("llm."))
+    if run.recipe.lora:
+        files.write_lora(out / "lora", model.llm, tensors, model.config.llm)
     if ranks.is_main():
-        model.save_pretrained(out, tensors=without_lora(tensors))
-        if run.recipe.lora:
-            write_lora(model.llm, tensors, out / "lora", model.config.llm)
         flags = asdict(replace(run.config, stage=str(run.stage)))
         (out / "train_config.json").write_text(json.dumps(flags, indent=2) + "\n")
         watch.plot_loss(history, f"Stage {run.stage}: shows {run.parts}, trains "

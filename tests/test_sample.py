@@ -40,10 +40,10 @@ def run(*arguments, typed="", cwd=ROOT):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """out/stage1 with an untrained checkpoint, and a picture."""
-    from sliming.config import TrainConfig
-    from sliming.trainer import initial_model
+    from sliming.config import PRESETS
+    from sliming.model import SliME
     folder = tmp_path_factory.mktemp("sample")
-    initial_model(TrainConfig(), 1).save_pretrained(folder / "out" / "stage1")
+    SliME.from_backbones(PRESETS["tiny"].model).save_pretrained(folder / "out" / "stage1")
     held_out("detail", 0)["image"].save(folder / "picture.png")
     return folder
 

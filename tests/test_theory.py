@@ -1,309 +1,615 @@
-"""The theory lab (theory/): every check and its mutation, one case by hand, the programs' command lines.
+"""The bilinear chapter (theory/bilinear.py, pictures.py): by hand, against loops, on the figure.
 
-The numbers by hand: d = 2, a and b at 60 degrees, so c = 1/2, lambda+- = 3/2 and 1/2,
+The numbers by hand: d = 2, a and b at 60 degrees, so c = 1/2, sigma1 = 3/2, sigma2 = 1/2,
     a = (1, 0), b = (1/2, sqrt 3 / 2), X = [[1, sqrt 3 / 2], [sqrt 3 / 2, 0]].
 """
 
 import json
-import os
-import subprocess
 import sys
-from fractions import Fraction
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "theory"))        # theory/ is a folder of scripts, not a package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "theory"))  # scripts, not a package
 
 import bilinear as lab  # noqa: E402
-import bilinear_checks  # noqa: E402
+import pictures  # noqa: E402
 
-HALF_ROOT_3 = np.sqrt(3) / 2
-
-
-@pytest.fixture
-def sixty() -> lab.Problem:
-    """a, b at 60 degrees: p+ halves the angle, p- is orthogonal to it."""
-    return lab.Problem(0.5, np.array([HALF_ROOT_3, 0.5]), np.array([0.5, -HALF_ROOT_3]))
-
-
-# every check of the program, as it is and with its mistake
-
-@pytest.mark.parametrize("check", bilinear_checks.CHECKS, ids=lambda check: check.measure.__name__)
-def test_check_holds_and_notices_its_mutation(check: bilinear_checks.Check):
-    with np.errstate(all="ignore"):
-        assert check.measure(False) <= check.tolerance
-        assert not check.measure(True) <= check.tolerance, f"went unnoticed: {check.mutation}"
+H = np.sqrt(3) / 2
+SIXTY = lab.Problem(0.5, np.array([H, 0.5]), np.array([0.5, -H]))
+OTHER = lab.Setting(c=0.2, eta=0.3, tau0=-1e-4, nu0=1.05, d=4, seed=3)
+BLUE, RED = "#0072b2", "#d55e00"
+COLOURS = {
+    "gd": BLUE,
+    "sequential": "#56b4e9",
+    "ao": RED,
+    "over-relaxed": "#e69f00",
+    "heavy-ball": "#009e73",
+    "adam": "#cc79a7",
+}
 
 
-# by hand
-
-def test_hand_problem(sixty):
-    np.testing.assert_allclose(sixty.A, [[1, 0.5], [0, HALF_ROOT_3]], atol=1e-15)
-    np.testing.assert_allclose(sixty.X, [[1, HALF_ROOT_3], [HALF_ROOT_3, 0]], atol=1e-15)
-    np.testing.assert_allclose(np.linalg.eigvalsh(sixty.X), [-0.5, 1.5], atol=1e-15)
-
-
-def test_hand_losses(sixty):
-    nought = np.zeros(2)
-    assert sixty.loss(nought, nought) == pytest.approx(1.25)                  # 1 + c^2
-    assert sixty.loss(*sixty.embed(1, 0)) == pytest.approx(0.125)             # optimum, (1 - c)^2 / 2
-    assert sixty.loss(*sixty.embed(0, 1)) == pytest.approx(1.125)             # saddle, (1 + c)^2 / 2
-    assert sixty.excess(*sixty.embed(0, 1)) == pytest.approx(1.0)             # 2c
-
-
-def test_hand_gradient_step(sixty):
-    # u0 = a, v0 = b (alpha = 1, beta = 0): |u|^2 = 1; at eta = .1 F = [[1, .05], [.05, 1]], z1 = (1, .05)
-    a, b = sixty.A.T
-    u, v = lab.after(lab.gradient_descent(sixty.X, a, b, 0.1), 1)
-    np.testing.assert_allclose(u, [1.025, 0.05 * HALF_ROOT_3], atol=1e-15)              # a + .05 b
-    np.testing.assert_allclose(v, [0.55, HALF_ROOT_3], atol=1e-15)                      # .05 a + b
-
-
-def test_hand_alternating_step(sixty):
-    # v = X a = (1, sqrt 3 / 2), |v|^2 = 7/4; X v = (7/4, sqrt 3 / 2); u1 = (1, 2 sqrt 3 / 7) = A (5/7, 4/7)
-    # and M^2 z0 / (|u|^2 |v|^2) = (5/4, 1) / (7/4)
-    a, b = sixty.A.T
-    (u0, v0), (u1, _) = [step for step, _ in zip(lab.alternating(sixty.X, a, b), range(2))]
-    np.testing.assert_allclose(v0, [1, HALF_ROOT_3], atol=1e-15)
-    np.testing.assert_allclose(u1, [1, 4 * HALF_ROOT_3 / 7], atol=1e-15)
-    np.testing.assert_allclose(u1, sixty.A @ [5 / 7, 4 / 7], atol=1e-15)
-
-
-def test_hand_rates():
-    # c = 1/2: rho = 1/3; AO's tail 1/9, its escape 9; best GD 1 / (1 + 2c) = 1/2; GD at eta = .1: 1 -+ .1
-    rates = lab.rates(0.5, 0.1)
-    assert rates["ao"] == pytest.approx((1 / 9, 9))
-    assert rates["gd-tuned"][0] == pytest.approx(0.5)
-    assert rates["gd"] == pytest.approx((0.9, 1.1))
-    assert np.log(9) / np.log(2) == pytest.approx(4 * np.arctanh(0.5) / np.log(1 + 2 * 0.5))   # 3.17
+def by_hand(name, X, u, v, eta, c, steps):
+    """Every method as two lines with the full gradients (u v' - X) v and (v u' - X) u; the path."""
+    path, mu, mv, su, sv = [(u, v)], 0, 0, 0, 0
+    omega = 2 / (1 + np.sqrt(1 - ((1 - c) / (1 + c)) ** 2))
+    root = np.sqrt(2 * c), np.sqrt(2 + 2 * c)
+    for t in range(1, steps + 1):
+        gu, gv = (np.outer(u, v) - X) @ v, (np.outer(v, u) - X) @ u
+        if name == "gd":
+            u, v = u - eta * gu, v - eta * gv
+        elif name == "sequential":
+            v = v - eta * gv
+            u = u - eta * (np.outer(u, v) - X) @ v
+        elif name == "ao":
+            v = X @ u / (u @ u)
+            u = X @ v / (v @ v)
+        elif name == "over-relaxed":
+            v = v + omega * (X @ u / (u @ u) - v)
+            u = u + omega * (X @ v / (v @ v) - u)
+        elif name == "heavy-ball":
+            step, beta = 4 / sum(root) ** 2, ((root[1] - root[0]) / sum(root)) ** 2
+            mu, mv = beta * mu - step * gu, beta * mv - step * gv
+            u, v = u + mu, v + mv
+        elif name == "adam":
+            mu, mv, su, sv = (
+                0.9 * mu + 0.1 * gu,
+                0.9 * mv + 0.1 * gv,
+                0.999 * su + 0.001 * gu**2,
+                0.999 * sv + 0.001 * gv**2,
+            )
+            a, b = 1 - 0.9**t, 1 - 0.999**t
+            u = u - 0.03 * (mu / a) / (np.sqrt(su / b) + 1e-8)
+            v = v - 0.03 * (mv / a) / (np.sqrt(sv / b) + 1e-8)
+        path.append((u, v))
+    return path
 
 
-def test_hand_exact_step():
-    # tau0 = 0, c = 1/2: u = a - b, |u|^2 = 1, X u = -u / 2, v = -u: GD gives (1 - .1 + .05) u, AO u again
-    rows = lab.exact_run(Fraction(1, 2), Fraction(1, 10), Fraction(0), 3)
-    assert rows == [(0, 0)] * 4
-    # z0 = (2, 0): u = 2a, v = 2b, |v|^2 = 4, X v = A (2, 1): z1 = .6 (2, 0) + .1 (2, 1) = (1.4, .1), half its
-    # sum 3/4; AO: v = A (1, 2) / 4, |v|^2 = 7/16, X v = A (5/8, 1/2): z1 = (10/7, 8/7), half its sum 9/7
-    rows = lab.exact_run(Fraction(1, 2), Fraction(1, 10), Fraction(1), 1)
-    assert rows[1] == (Fraction(3, 4), Fraction(9, 7))
+def loss(X: np.ndarray, u: np.ndarray, v: np.ndarray) -> float:
+    return 0.5 * ((np.outer(u, v) - X) ** 2).sum()
 
 
-# the updates' details that no check reads
-
-def test_a_batch_is_its_members():
-    p = lab.make_problem(0.3, 5)
-    u, v = lab.make_start(p, "generic", 0, 4)
-    for name, method in lab.METHODS.items():
-        if name == "kick":                                    # its kick is drawn for the whole batch
-            continue
-        together, _ = lab.after(method.run(p, u, v, 0.1), 7)
-        alone = [lab.after(method.run(p, u[i], v[i], 0.1), 7)[0] for i in range(4)]
-        np.testing.assert_allclose(together, alone, rtol=1e-12, atol=1e-14, err_msg=name)
+# ---- by hand -------------------------------------------------------------------------------------
 
 
-def test_excess_is_loss_less_the_best_loss():
-    for c in (-1.0, -0.4, 0.0, 0.3, 1.0):
-        p = lab.make_problem(c, 6)
-        u, v = lab.make_start(p, "generic", 0, 20)
-        np.testing.assert_allclose(p.excess(u, v), p.loss(u, v) - (1 - abs(c)) ** 2 / 2, atol=1e-13)
-        assert np.all(p.excess(u, v) >= -1e-13)
+def test_hand_problem():
+    a, b = np.array([1, 0]), np.array([0.5, H])
+    np.testing.assert_allclose(SIXTY.X, np.outer(a, b) + np.outer(b, a), atol=1e-15)
+    assert SIXTY.sigma == (1.5, 0.5)
+    assert SIXTY.loss(np.zeros(2), np.zeros(2)) == pytest.approx(1.25)  # 1 + c^2
+    assert SIXTY.loss(*SIXTY.start(1.0, 0.0)) == pytest.approx(0.125)  # sigma2^2 / 2
+    assert SIXTY.loss(*SIXTY.start(0.0, 1.0)) == pytest.approx(1.125)  # sigma1^2 / 2
+    assert SIXTY.excess(*SIXTY.start(0.0, 1.0)) == pytest.approx(1)  # 2c
+    # alpha = 1, beta = 0, so u = a, v = b, is tau = nu = 1 / sqrt 2
+    for mine, known in zip(SIXTY.start(np.sqrt(0.5), np.sqrt(0.5)), (a, b), strict=True):
+        np.testing.assert_allclose(mine, known, atol=1e-15)
 
 
-def test_stages_turn_to_gradient_descent_on_both():
-    p = lab.make_problem(0.3, 5)
-    u, v = lab.make_start(p, "generic", 0, 3)
-    U, V = lab.trajectory(lab.staged(p.X, u, v, 0.1, 4, 6), 6)
-    assert np.all(V[:3] == v) and not np.any(U[2] == u)       # I: 4 steps on u, two to a yield
-    assert np.all(U[2:6] == U[2]) and not np.any(V[5] == v)   # II: 6 on v
-    np.testing.assert_array_equal(U[6], lab.after(lab.gradient_descent(p.X, U[5], V[5], 0.1), 1)[0])
+def test_hand_steps():
+    a, b = np.array([1, 0]), np.array([0.5, H])
+    # GD at eta = .1: u.u = 1, so z = (1, 0) -> (1, .05), by Theorem 3
+    u, v = list(zip(lab.gradient_descent(SIXTY.X, a, b, 0.1), range(2), strict=False))[1][0]
+    np.testing.assert_allclose(u, a + 0.05 * b, atol=1e-15)
+    np.testing.assert_allclose(v, 0.05 * a + b, atol=1e-15)
+    # AO: v = X a = (1, H), v.v = 7/4, X v = (7/4, H), so u = (1, 4 H / 7)
+    u, v = list(zip(lab.alternating(SIXTY.X, a, b), range(2), strict=False))[1][0]
+    np.testing.assert_allclose(v, [1, H], atol=1e-15)
+    np.testing.assert_allclose(u, [1, 4 * H / 7], atol=1e-15)
 
 
-def test_tied_start_divides_the_methods():
-    p = lab.make_problem(0.3)
-    start = lab.make_start(p, "tied", 0, 3)
-    counts = {name: lab.iterations_to(p, name, *start, 0.1, limit=3000) for name in lab.METHODS}
-    equivariant = {"gd", "gd-tuned", "scaled", "heavy-ball", "adam", "balance"}
-    assert {name for name, count in counts.items() if not np.isfinite(count).any()} == equivariant
-    assert all(np.isfinite(count).all() for name, count in counts.items() if name not in equivariant)
+def test_hand_constants():
+    # c = 1/2: rho = 1/3; the curvatures lie between 1 and 3
+    omega = 2 / (1 + np.sqrt(8) / 3)
+    assert lab.tuned(0.5) == pytest.approx(
+        {"step": 0.5, "omega": omega, "beta": 7 - 4 * np.sqrt(3), "eta": 4 / (1 + np.sqrt(3)) ** 2}
+    )
+    rates = lab.rates(0.5, 0.5)
+    assert rates["gd"] == pytest.approx((1 / 2, 3 / 2))  # 1 - 2c eta, 1 + 2c eta
+    assert rates["ao"] == pytest.approx((1 / 9, 9))  # rho^2 and its inverse
+    assert rates["over-relaxed"][0] == pytest.approx(omega - 1, rel=1e-6)
+    assert rates["heavy-ball"][0] == pytest.approx(2 - np.sqrt(3))
 
 
-@pytest.mark.parametrize("c", [-0.3, 0.05, 0.3, 0.9])
-def test_verdicts(c: float):
-    rows = {row.statement.split(":")[0]: row.verdict for row in lab.verdicts(lab.Setting(c=c))}
-    assert len(rows) == 13 and "not confirmed" not in rows.values()
-    assert rows["Theorem 3"] == rows["Lemma 1"] == lab.START
-    assert rows["Theorem 4"] == rows["AO resolves GD's limitation"] == lab.FALSE
-    assert rows["Theorem 1"] == rows["Theorem 2"] == rows["Theorem 5"] == rows["Eq. 4"] == lab.HOLDS
+def test_place_undoes_start_and_rescaling():
+    u, v = SIXTY.start(0.3, -0.8)
+    np.testing.assert_allclose(SIXTY.place(3 * u, v / 3), (0.3, -0.8), atol=1e-15)
 
 
-def test_verdicts_follow_the_measurement():
-    assert lab.judge("", 1e-12, 1e-12, "").verdict == lab.HOLDS
-    assert lab.judge("", 1e-12, 0.1, "").verdict == lab.FALSE
-    assert lab.judge("", 0.1, 0.1, "").verdict == "not confirmed"
-    assert lab.judge("", float("nan"), 0.0, "").verdict == "not confirmed"
-    with np.errstate(all="ignore"):                         # a diverging step confirms nothing
-        assert lab.theorem_3(lab.Setting(eta=5.0)).verdict == "not confirmed"
+def test_excess_is_loss_less_the_least():
+    p = lab.make_problem(0.3, 6, 2)
+    assert p.p_plus @ p.p_minus == pytest.approx(0) and p.p_plus @ p.p_plus == pytest.approx(1)
+    u, v = np.random.default_rng(0).standard_normal((2, 20, 6))
+    least = 0.5 * (np.linalg.svd(p.X)[1][1:] ** 2).sum()
+    np.testing.assert_allclose(p.excess(u, v), p.loss(u, v) - least, atol=1e-13)
+    np.testing.assert_allclose(p.loss(u, v), [loss(p.X, *w) for w in zip(u, v, strict=True)])
 
 
-# the programs
-
-def run(*arguments: str, folder: Path, program: str = "bilinear.py") -> subprocess.CompletedProcess:
-    """Run a program of theory/ in `folder`, on one core."""
-    return subprocess.run([sys.executable, str(ROOT / "theory" / program), *arguments], cwd=folder, text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
-
-
-def test_no_arguments(tmp_path: Path):
-    pytest.importorskip("matplotlib")
-    done = run("--json", "results.json", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "| Theorem 4: the limits of Eq. 6" in done.stdout
-    assert (tmp_path / "out" / "bilinear.png").stat().st_size > 50_000
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results["verdicts"]) == len(lab.STATEMENTS) and len(results["race"]) == len(lab.METHODS)
-    assert {row["method"]: row["iterations"] for row in results["race"]}["ao"] < 30
+def test_a_run_has_a_bound(monkeypatch):
+    """First of all tests that run long: one that would arrive later ends at LIMIT."""
+    monkeypatch.setattr(lab, "LIMIT", 5)
+    run = lab.race(SIXTY, "gd", SIXTY.start(0.1, 1.0), 0.1)
+    assert len(run["excess"]) == 6 and run["arrived"] is None and run["derived"] is None
 
 
-@pytest.mark.parametrize("c", ["-1", "0", "1", "1e-9"])
-def test_edges_of_c(c: str, tmp_path: Path):
-    pytest.importorskip("matplotlib")
-    done = run("--c", c, "--panel", "tied", "--methods", "ao,gd-tuned", "--d", "2", "--seeds", "1",
-               "--out", "x.svg", folder=tmp_path)
-    assert done.returncode == 0 and done.stderr == "" and (tmp_path / "x.svg").exists(), done.stderr
+def test_generic_start_is_about_unit_and_independent():
+    u, v = lab.generic_start(10_000, 1)
+    assert u @ u == pytest.approx(1, abs=0.05) and v @ v == pytest.approx(1, abs=0.05)
+    assert abs(u @ v) < 0.05
 
 
-@pytest.mark.parametrize("arguments", [
-    "--c 1.01", "--c nan", "--c x", "--eta 0", "--eta -1", "--eta inf", "--tau0 2", "--d 1", "--d 2.5",
-    "--seeds 0", "--methods gd,fast", "--init random", "--panel none", "--out figure.doc", "--json .",
-    "--check --c .2", "--what"])
-def test_wrong_values_get_one_line(arguments: str, tmp_path: Path, monkeypatch, capsys):
+# ---- theory against plain loops ------------------------------------------------------------------
+
+
+def test_field_is_a_short_step_of_gd_and_flow_follows_it():
+    p, eta = lab.make_problem(0.3, 5), 1e-6
+    tau, nu = 0.7, -0.4
+    after = p.place(*by_hand("gd", p.X, *p.start(tau, nu), eta, 0.3, 1)[1])
+    np.testing.assert_allclose(
+        (np.array(after) - (tau, nu)) / eta, lab.field(0.3, tau, nu), atol=1e-5
+    )
+    np.testing.assert_allclose(lab.flow(0.3, tau, nu, 0.0), (tau, nu))
+    for t in (0.5, 2.0, 5.0):
+        there = lab.flow(0.3, tau, nu, t)
+        slope = (
+            np.array(lab.flow(0.3, tau, nu, t + 1e-5)) - lab.flow(0.3, tau, nu, t - 1e-5)
+        ) / 2e-5
+        np.testing.assert_allclose(slope, lab.field(0.3, *there), atol=1e-8)
+
+
+def stretch(name: str, p: lab.Problem, u: np.ndarray, v: np.ndarray, eta: float) -> np.ndarray:
+    """Moduli of the eigenvalues of a hand-written iteration at (u, v): [2d], the largest first."""
+    w, d, J = np.concatenate([u, v]), len(u), []
+    for e in 1e-6 * np.eye(2 * d):
+        ahead, behind = (
+            np.concatenate(by_hand(name, p.X, x[:d], x[d:], eta, p.c, 1)[1]) for x in (w + e, w - e)
+        )
+        J.append((ahead - behind) / 2e-6)
+    return np.sort(np.abs(np.linalg.eigvals(np.array(J).T)))[::-1]
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.45, 0.7, 3.0])
+@pytest.mark.parametrize("name", ["gd", "sequential", "ao", "over-relaxed"])
+def test_rates_are_eigenvalues_of_an_iteration(name: str, eta: float):
+    """Of hand-written ones, at an unbalanced optimum, stable or not, and at the saddle."""
+    c, k = 0.3, 1.4
+    p = lab.make_problem(c, 4)
+    u, v = p.start(1.0, 0.0)
+    known = stretch(name, p, np.sqrt(k) * u, v / np.sqrt(k), eta)
+    # one of them is 1: the rescaling of u and v, along which nothing changes
+    neutral = np.abs(known - 1).argmin()
+    assert known[neutral] == pytest.approx(1, abs=1e-5)
+    tail, escape = lab.rates(c, eta, k)[name]
+    # over-relaxed AO's is a double root, which differences split by the root of their error
+    close = 1e-2 if name == "over-relaxed" else 1e-5
+    assert tail == pytest.approx(np.delete(known, neutral).max(), abs=close)
+    known = stretch(name, p, *p.start(0.0, 1.0), eta)
+    assert escape == pytest.approx(known[0], rel=1e-4)
+
+
+def test_rates_of_heavy_ball():
+    c = 0.3
+    eta, beta = lab.tuned(c)["eta"], lab.tuned(c)["beta"]
+    p = lab.make_problem(c, 4)
+    for i, start in enumerate(((1.0, 0.0), (0.0, 1.0))):
+        u, v = p.start(*start)
+        w, curvature = np.concatenate([u, v]), []
+        for e in 1e-6 * np.eye(8):
+            ahead, behind = (
+                np.concatenate(
+                    [(np.outer(x[:4], x[4:]) - p.X) @ x[4:], (np.outer(x[4:], x[:4]) - p.X) @ x[:4]]
+                )
+                for x in (w + e, w - e)
+            )
+            curvature.append((ahead - behind) / 2e-6)
+        curvature = np.linalg.eigvalsh((np.array(curvature) + np.array(curvature).T) / 2)
+        moduli = [
+            np.abs(np.roots([1, eta * h - 1 - beta, beta])).max()
+            for h in curvature
+            if abs(h) > 1e-4
+        ]
+        assert lab.rates(c, 0.1)["heavy-ball"][i] == pytest.approx(max(moduli), abs=1e-3)
+
+
+def test_derived_curve():
+    curve = 8 * 0.5 ** np.arange(30.0)
+    near = lab.derived_curve(curve, 0.9, 10.0, 0.6)
+    assert near[0] == near[10] == 0.6 and near[12] == pytest.approx(0.6 * 0.9**4)
+    far = lab.derived_curve(curve, 0.8, None, 0.6)  # 2^-14 < 1e-4 < 2^-13
+    assert np.isnan(far[:14]).all() and far[14] == curve[14]
+    assert far[16] == pytest.approx(curve[14] * 0.8**4)
+    assert lab.derived_curve(curve, 1.1, 10.0, 0.6) is None
+    assert lab.derived_curve(curve[:5], 0.8, None, 0.6) is None
+
+
+def test_near_the_saddle_theory_foretells_the_run():
+    """Nothing is fitted there, so both the level and the time of the fall are tests of theory."""
+    for eta in (0.1, 0.4):
+        races = lab.experiment(lab.Setting(eta=eta))["races"]["eq2"]
+        for name in ("gd", "sequential", "ao"):
+            run = races[name]
+            half = np.flatnonzero(run["excess"] < 0.3)[0]  # of 2c = .6
+            foretold = np.flatnonzero(run["derived"] < 0.3)[0]
+            # the run bends where theory has a corner: over a time in which tau / nu grows by e
+            assert abs(half - foretold) <= 0.6 / np.log(run["escape"]) + 1, (name, eta)
+            fall = run["excess"][run["excess"] < 1e-5]
+            measured = (fall[-1] / fall[0]) ** (0.5 / (len(fall) - 1))
+            assert measured == pytest.approx(run["tail"], abs=0.01)
+
+
+# ---- every number that is drawn ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results() -> dict:
+    return lab.experiment(OTHER)
+
+
+def test_races(results):
+    p = lab.make_problem(OTHER.c, OTHER.d, OTHER.seed)
+    assert results["setting"]["eta"] == 0.3
+    assert list(results["races"]["eq2"]) == list(COLOURS)
+    for kind, start in (("generic", lab.generic_start(4, 3)), ("eq2", p.start(-1e-4, 1.05))):
+        for name, run in results["races"][kind].items():
+            path = by_hand(name, p.X, *start, 0.3, 0.2, len(run["excess"]) - 1)
+            known = np.array([loss(p.X, u, v) for u, v in path]) - 0.32  # .8^2 / 2
+            np.testing.assert_allclose(run["excess"], known, rtol=1e-6, atol=1e-10, err_msg=name)
+            assert run["arrived"] == np.flatnonzero(run["excess"] <= 1e-8)[0]
+            assert run["excess"][-1] <= 1e-12 < run["excess"][-2]
+            if name != "adam":
+                tail, escape = lab.rates(
+                    0.2, 0.3, np.sqrt(path[-1][0] @ path[-1][0] / (path[-1][1] @ path[-1][1]))
+                )[name]
+                assert (run["tail"], run["escape"]) == pytest.approx((tail, escape))
+                leaves = np.log(1e4) / np.log(escape) if kind == "eq2" else None
+                np.testing.assert_allclose(
+                    run["derived"], lab.derived_curve(run["excess"], tail, leaves, 0.4)
+                )
+    assert results["races"]["eq2"]["adam"]["derived"] is None
+
+
+def test_walks(results):
+    p = lab.make_problem(OTHER.c, OTHER.d, OTHER.seed)
+    assert list(results["walks"]) == ["gd", "ao"]
+    for name, paths in results["walks"].items():
+        firsts = np.array([path[0] for path in paths])
+        np.testing.assert_allclose(firsts[0], (-1e-4, 1.05), atol=1e-12)
+        # the others: one in each other quadrant
+        assert [(tau > 0, nu > 0) for tau, nu in firsts[1:]] == [(0, 1), (0, 0), (1, 0)]
+        for path in paths:
+            for (u, v), (tau, nu) in zip(
+                by_hand(name, p.X, *p.start(*path[0]), 0.3, 0.2, 12), path, strict=False
+            ):
+                k = np.sqrt(np.linalg.norm(v) / np.linalg.norm(u))
+                np.testing.assert_allclose(
+                    (k * u @ p.p_plus / np.sqrt(1.2), k * u @ p.p_minus / np.sqrt(0.8)),
+                    (tau, nu),
+                    atol=1e-9,
+                )
+            assert abs(path[-1][0]) == pytest.approx(1) and abs(path[-1][1]) < 1e-6
+
+
+def test_ends_against_loops_and_the_cubic_map():
+    shares = np.array([0.5, 1.1, 1.5, 2.2])
+    e = lab.ends(0.3, 0.2, 0.5, shares)
+    assert e["kind"].tolist() == [0, 1, 2, 3]
+    np.testing.assert_allclose(e["loss"][0], 0.245, atol=1e-12)  # .7^2 / 2
+    assert e["ao"] == pytest.approx(0.245)
+    p = lab.make_problem(0.3, 2)
+    for i in (0, 1):
+        path = by_hand("gd", p.X, *p.start(0.2, 0.5), shares[i] / 1.3, 0.3, 2031)
+        np.testing.assert_allclose(
+            e["loss"][i], [loss(p.X, u, v) for u, v in path[-32:]], atol=1e-9
+        )
+    # on the cycle the lengths x, y in units of 1 / sqrt eta have x y = 1 and x^2 + y^2 = 2.1
+    squares = np.array([2.1 - np.sqrt(0.41), 2.1 + np.sqrt(0.41)]) / 2 / (1.1 / 1.3)
+    known = ((squares - 1.3) ** 2 + 0.49) / 2
+    np.testing.assert_allclose(sorted(e["loss"][1][:2]), sorted(known), atol=1e-9)
+
+
+def test_ends_change_where_theory_says():
+    """At rest below 1, a two-cycle up to sqrt 5 - 1, no rest above; all gone beyond 2."""
+    e = lab.experiment(lab.Setting(tau0=0.1))["ends"]
+    x = e["eta_sigma1"]
+    assert (e["kind"][x < 0.99] == 0).all() and (e["kind"][(x > 1.01) & (x < 1.22)] == 1).all()
+    assert (e["kind"][x > 1.01] > 0).all() and (e["kind"][x > 2.01] == 3).all()
+
+
+# ---- what the README says of GD and AO -----------------------------------------------------------
+
+
+def test_gd_arrives_from_eq2_under_two_conditions():
+    """eta sigma1 < 1 and eta u.u < 1 + eta are enough, and neither can be left out."""
+    rng, failed = np.random.default_rng(0), 0
+    c, share = rng.uniform(0.05, 0.95, 2000), rng.uniform(0.1, 0.99, 2000)
+    eta = share / (1 + c)
+    n, angle = rng.uniform(0, 0.999, 2000) * (1 + eta) / eta, rng.uniform(0.01, 6.28, 2000)
+    tau, nu = np.sqrt(n / (1 + c)) * np.cos(angle), np.sqrt(n / (1 - c)) * np.sin(angle)
+    for _ in range(3000):
+        n = (1 + c) * tau**2 + (1 - c) * nu**2
+        tau, nu = (1 + eta * (1 + c - n)) * tau, (1 + eta * (1 - c - n)) * nu
+    failed = (np.abs(np.abs(tau) - 1) > 1e-3) | (np.abs(nu) > 1e-3)
+    assert failed.sum() == 0
+    large = lab.experiment(lab.Setting(eta=0.1, tau0=4.0, nu0=2.0))["races"]["eq2"]
+    assert large["gd"]["arrived"] is None and not large["gd"]["excess"][-1] < 1e12
+    assert large["ao"]["arrived"] == 7
+    assert lab.ends(0.3, 0.1, 1.0, np.array([0.8 * 1.3]))["kind"] == 1  # eta = .8: a cycle
+
+
+@pytest.mark.parametrize(("c", "gd", "ao"), [(0.3, 63, 19), (0.5, 47, 11), (0.02, 560, 268)])
+def test_counts_from_the_default_start(c: float, gd: int, ao: int):
+    races = lab.experiment(lab.Setting(c=c, methods=("gd", "ao")))["races"]["eq2"]
+    assert (races["gd"]["arrived"], races["ao"]["arrived"]) == (gd, ao)
+
+
+def test_bad_starts_of_gd_and_ao_are_not_the_same():
+    """u0 orthogonal to p+: GD arrives, AO does not. v0 = -u0: the other way round."""
+    p = lab.Problem(0.3, *np.eye(5)[:2])  # aligned: a zero stays a zero
+    for seed in range(8):
+        u, v = lab.generic_start(5, seed)
+        across = np.array([0, 1, 1, 1, 1]) * u
+        assert lab.race(p, "gd", (across, v), 0.3)["arrived"] is not None
+        assert lab.race(p, "ao", (across, v), 0.3)["excess"][-1] == pytest.approx(0.6)
+        assert lab.race(p, "gd", (u, -u), 0.3)["excess"][-1] == pytest.approx(0.6)
+        assert lab.race(p, "ao", (u, -u), 0.3)["arrived"] is not None
+
+
+# ---- the figure ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn(results):
+    """The three axes, and what was given to streamplot."""
+    from matplotlib.axes import Axes
+
+    given, original = {}, Axes.streamplot
+    with pytest.MonkeyPatch.context() as patch:
+
+        def spy(ax, x, y, u, v, **options):
+            given.update(ax=ax, x=x, y=y, u=u, v=v)
+            return original(ax, x, y, u, v, **options)
+
+        patch.setattr(Axes, "streamplot", spy)
+        figure = pictures.draw(results)
+    return figure.axes, given
+
+
+def lines(ax, colour, style=None):
+    return [
+        line
+        for line in ax.lines
+        if line.get_color() == colour
+        and len(line.get_xdata())
+        and style in (None, line.get_linestyle())
+    ]
+
+
+def test_panels_stand_in_their_order(drawn):
+    (top, left, right), _ = drawn
+    for ax, first, x, y in (
+        (top, "1", "iteration", "excess loss"),
+        (left, "2", "τ", "ν"),
+        (right, "3", "η σ₁", "loss"),
+    ):
+        assert ax.get_title(loc="left").startswith(first)
+        assert ax.get_xlabel().startswith(x) and ax.get_ylabel().startswith(y)
+    assert top.get_yscale() == "log" and top.get_xscale() == right.get_yscale() == "linear"
+
+
+def test_panel_1(drawn, results):
+    ax = drawn[0][0]
+    races = results["races"]
+    for name, colour in COLOURS.items():
+        for kind, style in (("generic", "-"), ("eq2", "--")):
+            (line,) = lines(ax, colour, style)
+            run = races[kind][name]
+            np.testing.assert_array_equal(line.get_xdata(), np.arange(len(run["excess"])))
+            shown = run["excess"] > 1e-12
+            np.testing.assert_array_equal(line.get_ydata()[shown], run["excess"][shown])
+    thin = [line for line in lines(ax, "#222222", "-") if len(line.get_xdata()) > 2]
+    known = [
+        run["derived"]
+        for kind in ("generic", "eq2")
+        for run in races[kind].values()
+        if run["derived"] is not None
+    ]
+    assert len(thin) == len(known) == 10
+    for line, derived in zip(thin, known, strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), derived)
+    (level,) = lines(ax, "#222222", ":")
+    assert set(level.get_ydata()) == {0.4}  # 2c
+    texts = {
+        text.get_text(): handle
+        for text, handle in zip(
+            ax.get_legend().get_texts(), ax.get_legend().legend_handles, strict=True
+        )
+    }
+    words = {
+        "gd": "GD, step η",
+        "sequential": "sequential GD, step η",
+        "ao": "AO",
+        "adam": "Adam at 0.03",
+        "over-relaxed": "over-relaxed AO*",
+        "heavy-ball": "heavy ball*",
+    }
+    for name, word in words.items():
+        text = f"{word}: {races['generic'][name]['arrived']} / {races['eq2'][name]['arrived']}"
+        assert texts[text].get_color() == COLOURS[name]
+    assert texts["generic start"].get_linestyle() == "-"
+    assert texts["Eq. 2, (τ, ν) = (-0.0001, 1.05)"].get_linestyle() == "--"
+    longest = max(
+        len(run["excess"])
+        for runs in races.values()
+        for name, run in runs.items()
+        if name != "adam"
+    )
+    assert ax.get_xlim() == (0, longest) and ax.get_ylim()[0] == 1e-12
+
+
+def test_panel_2(drawn, results):
+    ax, given = drawn[0][1], drawn[1]
+    tau, nu = np.meshgrid(given["x"], given["y"])
+    n = 1.2 * tau**2 + 0.8 * nu**2
+    assert given["ax"] is ax
+    np.testing.assert_allclose(given["u"], (1.2 - n) * tau)
+    np.testing.assert_allclose(given["v"], (0.8 - n) * nu)
+    for name, colour in (("gd", BLUE), ("ao", RED)):
+        for line, path in zip(lines(ax, colour), results["walks"][name], strict=True):
+            np.testing.assert_array_equal(line.get_xydata(), path)
+    points = {
+        line.get_label(): {(abs(x), abs(y)) for x, y in line.get_xydata()} for line in ax.lines
+    }
+    assert (
+        points["optimum"] == {(1, 0)}
+        and points["saddle"] == {(0, 1)}
+        and points["source"] == {(0, 0)}
+    )
+    optimum = next(line for line in ax.lines if line.get_label() == "optimum")
+    assert sorted(optimum.get_xdata()) == [-1, 1]
+    assert {line.get_label() for line in lines(ax, BLUE)} > {"GD, step η"}
+    assert {line.get_label() for line in lines(ax, RED)} > {"AO"}
+
+
+def test_panel_3(drawn, results):
+    ax, e = drawn[0][2], results["ends"]
+    (cloud,) = lines(ax, BLUE)
+    bounded = e["kind"] < 3
+    np.testing.assert_array_equal(cloud.get_ydata(), e["loss"][bounded].ravel())
+    np.testing.assert_array_equal(cloud.get_xdata()[::32], e["eta_sigma1"][bounded])
+    (level,) = lines(ax, RED)
+    assert set(level.get_ydata()) == {e["ao"]} and level.get_label().startswith("AO")
+    assert set(lines(ax, "#222222", ":")[0].get_ydata()) == {0.72}  # 1.2^2 / 2
+    assert set(lines(ax, "#222222", "--")[0].get_xdata()) == {0.3 * 1.2}  # eta sigma1
+    said = {text.get_text(): text.get_position()[0] for text in ax.texts}
+    assert list(said) == ["at rest", "two-cycle", "longer cycles, chaos", "diverges"]
+    assert (
+        said["at rest"]
+        < 1
+        < said["two-cycle"]
+        < 1.24
+        < said["longer cycles, chaos"]
+        < said["diverges"]
+    )
+    assert ax.get_ylim()[1] > e["loss"][bounded].max() and ax.get_ylim()[0] == 0
+
+
+def test_film(tmp_path):
+    path = tmp_path / "walk.gif"
+    pictures.animate(lab.Setting(tau0=0.01, eta=0.1), path)
+    film = Image.open(path)
+    assert 35 <= film.n_frames <= 40 and path.stat().st_size < 1_000_000
+    counted = []
+    for frame in (0, 12, film.n_frames - 1):
+        film.seek(frame)
+        pixels = np.asarray(film.convert("RGB"), dtype=int)
+        half = pixels.shape[1] // 2
+        counted.append(
+            [
+                [
+                    int((np.abs(side - rgb).sum(-1) < 24).sum())
+                    for rgb in ((0, 114, 178), (213, 94, 0))
+                ]
+                for side in (pixels[:, :half], pixels[:, half:])
+            ]
+        )
+    first, middle, last = np.array(counted)  # [field or losses, GD or AO]
+    assert (last > first).all()
+    assert middle[0, 1] > middle[0, 0] and middle[1, 1] > middle[1, 0]  # AO is ahead of GD
+
+
+# ---- the program ---------------------------------------------------------------------------------
+
+
+def program(folder: Path, *arguments: str) -> bytes:
+    out = folder / "figure.png"
+    assert lab.main([*arguments, "--out", str(out)]) == 0
+    return out.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def default_figure(tmp_path_factory) -> bytes:
+    return program(tmp_path_factory.mktemp("default"))
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--c .35", "--eta .5", "--tau0 .001", "--nu0 .8", "--d 9", "--seed 1", "--methods gd ao"],
+)
+def test_every_option_changes_the_figure(option: str, default_figure, tmp_path: Path, capsys):
+    assert program(tmp_path, *option.split()) != default_figure
+
+
+def test_default_run(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert lab.main(["--json", "deep/results.json"]) == 0
+    assert 20_000 < (tmp_path / "out/bilinear.png").stat().st_size < 150_000
+    found = json.loads((tmp_path / "deep/results.json").read_text(), parse_constant=pytest.fail)
+    assert found["races"]["eq2"]["ao"]["arrived"] == 19 and found["setting"]["c"] == 0.3
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("| gd "))
+    assert [cell.strip() for cell in row.split("|")[2:5]] == ["28", "63", "0.6418"]
+    fall = [excess for excess in found["races"]["generic"]["gd"]["excess"] if excess < 1e-4]
+    measured = (fall[-1] / fall[0]) ** (1 / (2 * len(fall) - 2))
+    assert row.split("|")[5].strip() == f"{measured:.4f}"
+    assert "tau0 = 0" not in out and "sigma1" not in out
+
+
+def test_notes_say_what_a_choice_brings():
+    def said(**chosen):
+        return " ".join(lab.notes(lab.experiment(replace(lab.Setting(methods=("ao",)), **chosen))))
+
+    assert "eta sigma1 = 1.04" in said(eta=0.8) and "1 + eta" not in said(eta=0.8)
+    assert "eta |u0|^2 = 2.36" in said(eta=0.1, tau0=4.0, nu0=2.0)
+    assert "rounding" in said(tau0=0.0) and said() == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--c .001 --tau0 0",
+        "--c .99 --d 2",
+        "--eta 10 --methods gd adam",
+        "--tau0 -10 --nu0 10",
+        "--eta .0001 --methods gd",
+    ],
+)
+def test_edges(arguments: str, tmp_path: Path, recwarn):
+    program(tmp_path, *arguments.split(), "--json", str(tmp_path / "x.json"))
+    json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ("--c 1", "0.001 to 0.99"),
+        ("--c nan", "0.001 to 0.99"),
+        ("--c 1e-9", "0.001 to 0.99"),
+        ("--c -.3", "0.001 to 0.99"),
+        ("--eta 0", "0.0001 to 10"),
+        ("--eta inf", "0.0001 to 10"),
+        ("--tau0 11", "-10 to 10"),
+        ("--nu0 x", "-10 to 10"),
+        ("--d 1", "whole number from 2 to 100"),
+        ("--d 500", "2 to 100"),
+        ("--d 2.5", "whole number"),
+        ("--seed -1", "0 to 1e+06"),
+        ("--methods gd fast", "'sequential'"),
+        ("--out a.doc", ".png"),
+        ("--json .", ".json"),
+        ("--animate a.mp4", ".gif"),
+        ("--tau0 0 --nu0 0", "--nu0"),
+        ("--method gd", "--method"),
+        ("--init tied", "--init"),
+        ("--ta 1", "--ta"),
+        ("--json /proc/none/x.json", "cannot write"),
+    ],
+)
+def test_wrong_values_get_one_line(arguments: str, wanted: str, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         lab.main(arguments.split())
     out, err = capsys.readouterr()
-    assert stopped.value.code == 2 and out == "" and err.count("\n") == 1 and len(err) > 20
-
-
-def test_failing_check_exits_1(monkeypatch, capsys):
-    broken = bilinear_checks.Check("one that fails", 0.5, "none", lambda broken: 1.0)
-    unnoticing = bilinear_checks.Check("one that notices nothing", 0.5, "nothing", lambda broken: 0.0)
-    monkeypatch.setattr(bilinear_checks, "CHECKS", [unnoticing])
-    assert lab.main(["--check"]) == 0 and lab.main(["--mutants"]) == 1
-    monkeypatch.setattr(bilinear_checks, "CHECKS", [unnoticing, broken])
-    assert lab.main(["--check"]) == 1
-    assert "FAIL one that fails" in capsys.readouterr().out
-
-
-def test_exact_and_markdown(capsys):
-    assert lab.main(["--exact", "--c", "0.5"]) == 0
-    assert "| 5 | 0            | 0            |" in capsys.readouterr().out
-    assert lab.main(["--markdown"]) == 0
-    table = capsys.readouterr().out.strip().splitlines()
-    assert len(table) == 2 + len(lab.STATEMENTS) and len({line.count("|") for line in table}) == 1
-
-
-# the stages
-
-torch = pytest.importorskip("torch")
-import stages  # noqa: E402
-
-
-@pytest.mark.parametrize("name", ["gd", "balance", "heavy-ball", "adam"])
-def test_updates_against_torch(name: str):
-    """The updates written out in bilinear.py are torch's optimisers on the loss and autograd's gradients."""
-    p = lab.make_problem(0.3, 5)
-    u, v = lab.make_start(p, "unbalanced", 0, 1)
-    w = [torch.tensor(x[0], requires_grad=True) for x in (u, v)]
-    best, X = lab.tuned(0.3), torch.tensor(p.X)
-    if name == "adam":
-        optimiser = torch.optim.Adam(w, lr=0.01)
-    elif name == "heavy-ball":
-        optimiser = torch.optim.SGD(w, lr=best["ball_eta"], momentum=best["ball_beta"])
-    else:
-        optimiser = torch.optim.SGD(w, lr=0.1)
-    for _ in range(6):
-        optimiser.zero_grad()
-        loss = 0.5 * (torch.outer(*w) - X).square().sum()
-        if name == "balance":
-            loss = loss + (w[0] @ w[0] - w[1] @ w[1]) ** 2 / 4
-        loss.backward()
-        optimiser.step()
-    ours = lab.after(lab.METHODS[name].run(p, u, v, 0.1), 6)
-    for mine, theirs in zip(ours, w, strict=True):
-        np.testing.assert_allclose(mine[0], theirs.detach().numpy(), rtol=1e-10)
-
-
-def test_runs_in_a_batch_are_independent():
-    """A run's update does not depend on the other runs: two seeds together are the two alone."""
-    world, w = stages.make_world(2, 1), stages.make_parameters(2, 1)
-    batch = stages.make_batch(world, 6, 1, torch.Generator().manual_seed(0))
-    together = torch.autograd.grad(stages.loss_per_run(world, w, batch, "both").sum(), list(w.values()))
-    for i in range(2):
-        one = slice(i, i + 1)
-        alone_world = stages.World(*(tensor[one] for tensor in vars(world).values()))
-        alone_w = {name: p[one].detach().requires_grad_() for name, p in w.items()}
-        alone_batch = {name: x if name == "detail" else x[one] for name, x in batch.items()}
-        loss = stages.loss_per_run(alone_world, alone_w, alone_batch, "both").sum()
-        alone = torch.autograd.grad(loss, list(alone_w.values()))
-        for ours, theirs in zip(together, alone, strict=True):
-            torch.testing.assert_close(ours[one], theirs, rtol=1e-4, atol=1e-6)
-
-
-def test_answer_against_loops():
-    """The batched network against one written token by token."""
-    world, w = stages.make_world(1, 1), stages.make_parameters(1, 1)
-    batch = stages.make_batch(world, 2, 1, torch.Generator().manual_seed(0))
-    adapter, queries, key, value = (w[name][0] for name in ("adapter", "queries", "key", "value"))
-    for image in range(2):
-        tokens = [view @ adapter for view in batch["global"][0, image]]
-        for crop in batch["local"][0, image]:
-            for query in queries:
-                score = torch.stack([query @ key @ patch for patch in crop]) / stages.F ** 0.5
-                mixed = sum(a * patch for a, patch in zip(score.softmax(0), crop, strict=True))
-                tokens.append(mixed @ value @ adapter)
-        question = batch["question"][0, image]
-        look = torch.stack([4 * (t @ world.head_key[0]) @ question for t in tokens]).softmax(0)
-        expected = sum(a * (t @ world.head_value[0]) for a, t in zip(look, tokens, strict=True))
-        ours = stages.answer(world, w, batch, "both")[0, image]
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_schedules_spend_the_same_updates():
-    adapter, compressor = ("adapter",), stages.COMPRESSOR
-    assert [stages.schedule("three stages", t, 6) for t in (0, 2, 4)] == [
-        ("global", adapter), ("local", compressor), ("both", adapter + compressor)]
-    assert stages.schedule("interleaved", 4, 99) == ("local", compressor)
-    assert [stages.schedule("sequential", t, 99)[1] for t in (0, 1, 2)] == [adapter, compressor, adapter]
-    turns = [stages.schedule("alternating", t, 99)[1] for t in range(2 * stages.BLOCK)]
-    assert turns == [adapter] * stages.BLOCK + [compressor] * stages.BLOCK
-    assert stages.schedule("end to end", 5, 99) == ("both", adapter + compressor)
-
-
-def test_balance_equalises_and_precondition_descends():
-    world, w = stages.make_world(3, 1), stages.make_parameters(3, 1)
-    batch = stages.make_batch(world, 16, 1, torch.Generator().manual_seed(0))
-    before = stages.loss_per_run(world, w, batch, "both")
-    grads = dict(zip(w, torch.autograd.grad(before.sum(), list(w.values())), strict=True))
-    even = stages.balance(grads, w)
-    share = [stages.size([even[n] for n in names]) / stages.size([w[n] for n in names])
-             for names in (("adapter",), stages.COMPRESSOR)]
-    torch.testing.assert_close(share[0], share[1])
-    moved = {name: w[name] - 1e-3 * g for name, g in stages.precondition(grads, w, batch).items()}
-    assert torch.all(stages.loss_per_run(world, moved, batch, "both") < before)
-
-
-@pytest.mark.parametrize("optimiser", list(stages.RATES))
-def test_training_learns(optimiser: str):
-    result = stages.train("end to end", optimiser, seeds=2, steps=60, batch=16)
-    assert result["curve"][-1] < 0.9 * result["curve"][0]
-    assert len(result["scores"]["local"]["detail"]) == 2
-
-
-def test_stages_wrong_values(capsys):
-    for arguments in (["--seeds", "1"], ["--steps", "x"], ["--out", "a.doc"]):
-        with pytest.raises(SystemExit) as stopped:
-            stages.main(arguments)
-        assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert stopped.value.code == 2 and out == "" and err.count("\n") == 1 and wanted in err

@@ -11,20 +11,24 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sliming.checkpoints.lora import with_adapters
 from sliming.config import SliMEConfig
+from sliming.distributed import collected, is_main, put
 
 Tensors = Iterator[tuple[str, Tensor]]
 INDEX = "model.safetensors.index.json"
+SHARD = 5_000_000_000  # bytes of one file of weights, at most, unless one tensor has more
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
 class CheckpointError(ValueError):
@@ -41,6 +45,7 @@ class Checkpoint:
     tensors: Tensors  # by our names, read as they are asked for
     # Our names -> those that the folder's files use, for messages.
     called: Callable[[list[str]], list[str]] = list
+    optional: tuple[str, ...] = ()  # beginnings of names that need not be in the stream
 
 
 def find(name: str | Path, revision: str | None = None) -> Path:
@@ -103,7 +108,8 @@ def read(folder: Path) -> Checkpoint:
     tensors = read_weights(folder, "model")
     if (folder / "lora" / "adapter_config.json").is_file():
         tensors = with_lora(tensors, folder / "lora", prefix="llm.")
-    return Checkpoint(folder, SliMEConfig(**settings), AutoTokenizer.from_pretrained(folder), tensors)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return Checkpoint(folder, SliMEConfig(**settings), tokenizer, tensors)
 
 
 def read_json(path: Path) -> dict:
@@ -140,7 +146,9 @@ def read_file(path: Path) -> Tensors:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
+                names = list(file.keys())
+            for name in names:  # opened anew, so that what was read of one leaves memory with it
+                with safe_open(path, framework="pt") as file:
                     yield name, file.get_tensor(name)
             return
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -183,7 +191,8 @@ def with_lora(tensors: Tensors, folder: Path, prefix: str = "") -> Tensors:
 @torch.no_grad()
 def fill(own: dict[str, Tensor], tensors: Tensors, source: Path | str,
          called: Callable[[list[str]], list[str]] = list, optional: tuple[str, ...] = ()) -> None:
-    """Copies a stream into the tensors of a model, `own`, by name.
+    """Copies a stream into the tensors of a model, `own`, by name; of one that is divided among the
+    ranks each rank reads its own rows.
 
     Strict: an unknown name, a wrong shape, or a tensor that the stream lacks (unless its name
     begins with one of `optional`) is a CheckpointError.
@@ -196,7 +205,7 @@ def fill(own: dict[str, Tensor], tensors: Tensors, source: Path | str,
         if own[name].shape != tensor.shape:
             raise CheckpointError(f"{source}: {called([name])[0]} has shape {list(tensor.shape)}, "
                                   f"the config asks for {list(own[name].shape)}")
-        own[name].copy_(tensor)
+        put(own[name], tensor)
         found.add(name)
     missing = [name for name in own if name not in found and not name.startswith(optional)]
     for what, names in (("has unknown", called(unknown)), ("lacks", called(missing))):
@@ -205,32 +214,30 @@ def fill(own: dict[str, Tensor], tensors: Tensors, source: Path | str,
             raise CheckpointError(f"{source}: the checkpoint {what} {len(names)} tensors: {some}")
 
 
-# ------------------------------------------------------------------------------------------ writing
+# ---------------------------------------------------------------------------------------- writing
 
 
 def write(folder: Path, config: SliMEConfig, tensors: dict[str, Tensor],
-          tokenizer: PreTrainedTokenizerBase | None) -> None:
+          tokenizer: PreTrainedTokenizerBase | None,
+          half: Callable[[str], bool] = lambda name: False) -> None:
     """Writes a checkpoint: config.json, safetensors (in shards above 5 GB), tokenizer files.
+
+    All ranks call it, the first one writes what the others send. Tensors whose name `half` names
+    become bfloat16.
 
     Everything is written beside the old files first. Weights change in one step, the replacing or
     removing of one file; so a full disk (OSError) or a kill leaves the old checkpoint or the new
     one. Weights that the new ones replace are removed last.
     """
+    dtypes = {name: torch.bfloat16 if half(name) else tensor.dtype
+              for name, tensor in tensors.items()}
+    if not is_main():
+        save_tensors(None, tensors, dtypes)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
         new = Path(new)
-        try:
-            save_torch_state_dict(tensors, new)
-        except SafetensorError as error:  # how safetensors reports a failed write
-            raise OSError(f"{folder}: cannot save ({error}); free some space, what was there is "
-                          "unchanged") from error
-        if (new / INDEX).is_file():  # shards get names that no earlier save used
-            index, mark = read_json(new / INDEX), new.name.removeprefix(".saving-")
-            for shard in set(index["weight_map"].values()):
-                os.replace(new / shard, new / shard.replace("model-", f"model-{mark}-"))
-            index["weight_map"] = {name: shard.replace("model-", f"model-{mark}-")
-                                   for name, shard in index["weight_map"].items()}
-            (new / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        save_tensors(new, tensors, dtypes, mark=new.name.removeprefix(".saving-"))
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         settings = {"format": "sliming", **asdict(config)}
@@ -245,3 +252,62 @@ def write(folder: Path, config: SliMEConfig, tensors: dict[str, Tensor],
         if old.name not in named:
             old.unlink()
     shutil.rmtree(folder / "lora", ignore_errors=True)  # adapters of a model that lay here
+
+
+def write_lora(folder: Path, llm: nn.Module, tensors: dict[str, Tensor], base: str) -> None:
+    """Writes the adapters in peft's own format, for `PeftModel.from_pretrained(base, folder)`. All
+    ranks call it, the first one writes."""
+    adapters = {name.removeprefix("llm.").replace(".default.", "."): tensor
+                for name, tensor in tensors.items() if ".lora_" in name}
+    adapters = {f"base_model.model.{name}": tensor for name, tensor in adapters.items()}
+    dtypes = {name: tensor.dtype for name, tensor in adapters.items()}
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder if is_main() else None, adapters, dtypes, "adapter_model")
+    if is_main():
+        config = llm.peft_config["default"]
+        config.base_model_name_or_path = base
+        config.save_pretrained(folder)
+
+
+def save_tensors(folder: Path | None, tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype],
+                 stem: str = "model", mark: str = "0") -> None:
+    """Writes tensors as STEM.safetensors or, above SHARD bytes, in files with an index, whose names
+    bear `mark`. A rank without a `folder` only sends its parts. OSError on a full disk."""
+    sizes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in tensors.items()}
+    shards, room = [], 0
+    for name, size in sizes.items():
+        if size > room:
+            shards, room = [*shards, []], SHARD
+        shards[-1].append(name)
+        room -= size
+    files = {}
+    for number, names in enumerate(shards, 1):
+        file = f"{stem}.safetensors"
+        if len(shards) > 1:
+            file = f"{stem}-{mark}-{number:05d}-of-{len(shards):05d}.safetensors"
+        files |= dict.fromkeys(names, file)
+        with open(folder / file, "wb") if folder else nullcontext() as out:
+            if out:
+                out.write(safetensors_header(names, tensors, dtypes, sizes))
+            for name in names:
+                for part in collected(tensors[name].detach()):
+                    part = part.to("cpu", dtypes[name]).contiguous()
+                    out.write(part.flatten().view(torch.uint8).numpy())
+    if folder and len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def safetensors_header(names: list[str], tensors: dict[str, Tensor],
+                       dtypes: dict[str, torch.dtype], sizes: dict[str, int]) -> bytes:
+    """The beginning of a safetensors file, before the tensors' bytes: 8 bytes of its length, then
+    JSON that gives each tensor's dtype, shape and place."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        header[name] = {"dtype": DTYPES[dtypes[name]], "shape": list(tensors[name].shape),
+                        "data_offsets": [at, at + sizes[name]]}
+        at += sizes[name]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -3,10 +3,12 @@
 Legend: W [out, in], A [r, in], B [out, r].
 """
 
-from pathlib import Path
+import math
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor, nn
+
+from sliming.distributed import put
 
 RANK, ALPHA = 128, 256  # r and alpha, as in the released scripts
 
@@ -21,22 +23,21 @@ def add_lora(llm: nn.Module) -> None:
     inject_adapter_in_model(config, llm)
 
 
+@torch.no_grad()
+def begin_lora(llm: nn.Module) -> None:
+    """New adapters: A drawn as peft draws it, whole and then each rank's rows, B zero."""
+    for name, parameter in llm.named_parameters():
+        if ".lora_" in name:
+            value = torch.zeros(parameter.shape)
+            if ".lora_A." in name:
+                nn.init.kaiming_uniform_(value, a=math.sqrt(5))
+            put(parameter, value)
+
+
 def without_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a model as it was before `add_lora`, by the names of that time."""
     return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()
             if ".lora_" not in name}
-
-
-def write_lora(llm: nn.Module, tensors: dict[str, Tensor], folder: Path, base: str) -> None:
-    """The adapters in peft's own format, for `PeftModel.from_pretrained(base model, folder)`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    adapters = {name.removeprefix("llm.").replace(".default.", "."): tensor.contiguous()
-                for name, tensor in tensors.items() if ".lora_" in name}
-    save_file({f"base_model.model.{name}": tensor for name, tensor in adapters.items()},
-              folder / "adapter_model.safetensors", {"format": "pt"})
-    config = llm.peft_config["default"]
-    config.base_model_name_or_path = base
-    config.save_pretrained(folder)
 
 
 def with_adapters(weight: Tensor, down: Tensor, up: Tensor, config: dict) -> Tensor:

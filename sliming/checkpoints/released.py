@@ -24,7 +24,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig
 
-from sliming.backbones import load_vision
+from sliming.checkpoints import files, pretrained
 from sliming.checkpoints.files import (
     Checkpoint,
     CheckpointError,
@@ -110,6 +110,11 @@ def no_tower(folder: Path, tower: str) -> str:
 # ------------------------------------------------------------------------------------------ reading
 
 
+def read_any(folder: Path) -> Checkpoint:
+    """A checkpoint, the released code's or ours."""
+    return read(folder) if is_released(folder) else files.read(folder)
+
+
 def read(folder: Path) -> Checkpoint:
     """A released checkpoint. CheckpointError, with the released name or field, for what is none."""
     raw = read_json(folder / "config.json")
@@ -148,12 +153,13 @@ def completed(folder: Path, config: SliMEConfig, tensors: Tensors) -> Tensors:
         if name not in seen and (folder / "adapter_config.json").is_file():
             yield name, sincos_2d(width, int(count**0.5)).half()
     if not any(name.startswith("vision.clip.") for name in seen):  # it was not trained
-        tower = folder / config.vision
         try:
-            tower = load_vision(str(tower) if tower.is_dir() else config.vision, config.vision_layer)
+            tower = folder / config.vision
+            tower = tower if tower.is_dir() else pretrained.place(config.vision, "vision")
+            for name, tensor in pretrained.tower_tensors(tower, used):
+                yield f"vision.clip.{name}", tensor
         except OSError as error:
             raise CheckpointError(no_tower(folder, config.vision)) from error
-        yield from ((f"vision.clip.{name}", part) for name, part in tower.clip.state_dict().items())
 
 
 def num_patches(config: SliMEConfig) -> int:

@@ -1,518 +1,420 @@
-"""The raw layouts of SMR's ten sources, read record by record (Sec. 2.4, Appendix B).
+"""The raw layouts of SMR's ten sources, one reader each (Sec. 2.4, Appendix B).
 
-Each reader takes the folder in which a source was unpacked and yields a Candidate per question: the prompt, the answer,
-and what the filters of smr.py need to judge them. A record that does not have its source's form becomes a Drop. Files are
-read as a stream, so memory does not grow with them. What a reader passes over by its selection (another split, no image,
-machine-written) it counts in `Selection.passed_over`.
+    SOURCES[name].read(folder, selection) -> Candidate or Drop, one per question
 
-Layouts and fields: ArxivQA, hub MMInstruction/ArxivQA (github.com/MMInstruction/multimodal-arxiv); ScienceQA,
-lupantech/ScienceQA; MATH-Vision, mathvision-cuhk/MATH-V; TextbookQA, README.md of tqa_train_val_test (allenai.org/data/tqa);
-GeoQA3, chen-judge/GeoQA; GeoQA+, SCNU203/GeoQA-Plus in LLaVA's format; Geometry3K, lupantech/InterGPS; TabMWP,
-lupantech/PromptPG; DVQA, kushalkafle/DVQA_dataset README.md; AI2D, allenai/dqa-net; ChartQA, vis-nlp/ChartQA. What the
-released SMR takes of them: yfzhang114/SliME docs/smr_data.md.
+A record that does not have its source's form becomes a Drop; RecordError for a file or a choice
+that cannot be used. Files are read as a stream, so memory does not grow with them. What the
+selection passes over is counted in `Selection.passed_over`.
 
-Legend: letters A, B, ... name options in their order; gold: the answer that the source gives.
+Where each layout is documented, and what of it no real file has confirmed: README.md beside this.
 """
 
 import hashlib
-import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from sliming.chat import DETAIL_PROMPTS, OPTION_LETTER, SINGLE_WORD
+from sliming.chat import DETAIL_PROMPTS, SINGLE_WORD
+from sliming.evaluation import formats
+from sliming.evaluation.formats import LETTERS, place_of, texts
+from sliming.records import RecordError, elements, inside
+from sliming.smr.candidates import (
+    Candidate,
+    Drop,
+    Found,
+    Selection,
+    choice,
+    guarded,
+    lettered,
+    load,
+    options_of,
+    right,
+    rows,
+    stripped,
+    word,
+)
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-class SourceError(ValueError):
-    """A folder or a file that is not of the source's layout; one line."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One question before the filters. `image` is a file; None for a text-only question."""
-
-    id: str
-    image: Path | None
-    question: str                   # as the source has it, without options: compared with evaluation sets
-    prompt: str                     # what the model is asked
-    answer: str                     # what it should say
-    gold: str = ""                  # if `answer` is reasoning: what it must end in (an option's text, or the free answer)
-    letter: str = ""                # the gold option's letter, where there are options
-    others: tuple[str, ...] = ()    # the texts of the other options
-    closing: str = ""               # the sentence that spells the answer out
-    always: bool = False            # add `closing` even where the reasoning has the answer itself
-    size: tuple[int, int] | None = None            # width and height that the source states for the image
-    rows: int = 0                                  # lines of text that the image must have room for
-    box: tuple[float, float, float, float] | None = None  # x, y, width, height that must lie in the image
-    mismatch: str = ""              # why image and text do not belong together, if the record itself shows it
+# -------------------------------------------------------- ScienceQA, TabMWP, ChartQA, MATH-Vision
 
 
-@dataclass(frozen=True)
-class Drop:
-    """A record that is not built: `reason` is one of smr.REASONS, `detail` one line."""
+def scienceqa(folder: Path, selection: Selection) -> Found:
+    """problems.json {pid: entry}, images in [images/]<split>/<pid>/: a letter.
 
-    id: str
-    reason: str
-    detail: str
-    image: str = ""
-
-
-@dataclass
-class Selection:
-    """What is taken of a source; `passed_over` counts what is not, by the reason."""
-
-    splits: tuple[str, ...] = ()    # () = the source's own training splits
-    seed: int = 0                   # of DVQA's choice and of Table 5's prompts
-    count: int = 100_000            # DVQA: how many reasoning questions
-    machine: bool = False           # ChartQA: machine-written questions too
-    text_only: bool = False         # ScienceQA: questions without an image too
-    passed_over: Counter = field(default_factory=Counter)
-
-
-def stream_json(path: Path) -> Iterator[tuple[str | int, object]]:
-    """(key, value) of each member of a top-level JSON object or array, holding one block of the file at a time."""
-    decoder, buffer, place, block = json.JSONDecoder(), "", 0, 1 << 20
-
-    def skip(characters: str) -> str:
-        """Moves past `characters`; the next one, "" at the end of the file."""
-        nonlocal buffer, place
-        while True:
-            while place < len(buffer) and buffer[place] in characters:
-                place += 1
-            if place < len(buffer):
-                return buffer[place]
-            buffer, place = file.read(block), 0
-            if not buffer:
-                return ""
-
-    def value() -> object:
-        nonlocal buffer, place
-        while True:
-            try:
-                result, end = decoder.raw_decode(buffer, place)
-                if end < len(buffer) or isinstance(result, (dict, list, str)):  # a number could go on in the next block
-                    place = end
-                    return result
-                problem, cut = "unexpected end", True
-            except json.JSONDecodeError as error:
-                problem, cut = error.msg, len(buffer) - error.pos <= block  # a whole block after it: not cut, but broken
-            more = file.read(block) if cut else ""
-            if not more:
-                raise SourceError(f"{path}: broken JSON after {index} records ({problem})")
-            buffer, place = buffer[place:] + more, 0
-
-    index = 0
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            opening = skip(" \t\r\n")
-            if opening not in ("[", "{"):
-                raise SourceError(f"{path}: not a JSON list or object")
-            place += 1
-            while (following := skip(" \t\r\n,")) != ("]" if opening == "[" else "}"):
-                if not following:
-                    raise SourceError(f"{path}: broken JSON after {index} records (unexpected end)")
-                key: str | int = index
-                if opening == "{":
-                    key = str(value())
-                    skip(" \t\r\n:")
-                yield key, value()
-                index += 1
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: cannot be read as text ({error})") from error
-
-
-def stream_lines(path: Path) -> Iterator[tuple[int, object]]:
-    """(line number, value) of a JSONL file; a broken line's value is its json.JSONDecodeError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield number, json.loads(line)
-                    except json.JSONDecodeError as error:
-                        yield number, error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: cannot be read as text ({error})") from error
-
-
-def guarded(name: str, record: object, make: Callable[[dict], Candidate]) -> Iterator[Candidate | Drop]:
-    """`make(record)`, or a Drop that says which field is missing or wrong."""
-    try:
-        if isinstance(record, json.JSONDecodeError):
-            raise ValueError(f"broken JSON ({record.msg}, column {record.colno})")
-        if not isinstance(record, dict):
-            raise ValueError(f"a record must be an object, not {type(record).__name__}")
-        yield make(record)
-    except KeyError as error:
-        yield Drop(name, "malformed", f"no field {error.args[0]!r}")
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
-        yield Drop(name, "malformed", str(error).splitlines()[0])
-
-
-def text_of(record: dict, key: str) -> str:
-    """A field that must be text (or a number), stripped."""
-    value = record[key]
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"field {key!r} must be text, not {type(value).__name__}")
-    return str(value).strip()
-
-
-def options_of(texts: object) -> list[str]:
-    """Options without their own letters ("A) red" or "(A) red" becomes "red" if all have them); at least two."""
-    if not isinstance(texts, list) or len(texts) < 2 or len(texts) > len(LETTERS):
-        raise ValueError(f"options must be a list of 2 to 26 texts, not {str(texts)[:60]!r}")
-    texts = [str(text).strip() for text in texts]
-    matches = [re.match(rf"\(?{letter}\s*[).:]\s*(.*)", text, re.DOTALL) for letter, text in zip(LETTERS, texts)]
-    return [match[1].strip() for match in matches] if all(matches) else texts
-
-
-def lettered(options: list[str], form: str = "{}. {}") -> str:
-    return "".join("\n" + form.format(letter, text) for letter, text in zip(LETTERS, options))
-
-
-def at(options: list[str], index: object) -> int:
-    """`index` if it is a place in `options`."""
-    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(options):
-        raise ValueError(f"the answer {index!r} is not one of the {len(options)} options")
-    return index
-
-
-def inside(folder: Path, relative: str) -> Path:
-    """A file of the raw folder; a record may not point outside it."""
-    path = Path(relative)
-    if path.is_absolute() or ".." in path.parts or not relative:
-        raise ValueError(f"image path {relative!r} leaves the source's folder")
-    return folder / path
-
-
-def others(options: list[str], index: int) -> tuple[str, ...]:
-    return tuple(text for place, text in enumerate(options) if place != index)
-
-
-def splits_of(selection: Selection, default: tuple[str, ...]) -> tuple[str, ...]:
-    return selection.splits or default
-
-
-def arxivqa(folder: Path, selection: Selection) -> Iterator[Candidate | Drop]:
-    """arxivqa.jsonl {id, image, question, options, label, rationale}, images/: the rationale is the answer."""
-    def make(record: dict) -> Candidate:
-        options = options_of(record["options"])
-        match = re.match(r"\(?([A-Z])(?![A-Za-z])", text_of(record, "label"))
-        if not match or LETTERS.index(match[1]) >= len(options):
-            raise ValueError(f"label {record['label']!r} is not one of the {len(options)} options")
-        index, question = LETTERS.index(match[1]), text_of(record, "question")
-        return Candidate(f"arxivqa-{text_of(record, 'id')}", inside(folder, text_of(record, "image")), question,
-                         question + lettered(options), text_of(record, "rationale"), gold=options[index], letter=match[1],
-                         others=others(options, index), closing=f"So the answer is {options[index]}",
-                         always=True)
-
-    for number, record in stream_lines(folder / "arxivqa.jsonl"):
-        yield from guarded(f"arxivqa-line-{number}", record, make)
-
-
-def scienceqa(folder: Path, selection: Selection) -> Iterator[Candidate | Drop]:
-    """problems.json {pid: {question, choices, answer, hint, image, lecture, split}}, [images/]<split>/<pid>/image.png.
-
-    The prompt has the question and the instructions how to solve it (Appendix B): hint and lecture.
+    The prompt has the instructions how to solve it (Appendix B): hint and lecture.
     """
-    images = folder / "images" if (folder / "images").is_dir() else folder
-    for pid, record in stream_json(folder / "problems.json"):
-        def make(record: dict) -> Candidate:
-            options, question = options_of(record["choices"]), text_of(record, "question")
-            index = at(options, record["answer"])
-            hint, lecture = (record.get(key) or "" for key in ("hint", "lecture"))
-            prompt = (f"Context: {hint}\n" if hint.strip() else "") + (f"{lecture}\n" if lecture.strip() else "")
-            image = inside(images, f"{record['split']}/{pid}/{record['image']}") if record.get("image") else None
-            return Candidate(f"scienceqa-{pid}", image, question, prompt + question + lettered(options) + "\n" + OPTION_LETTER,
-                             LETTERS[index])
+    def make(pid: str, entry: dict) -> Candidate:
+        row = formats.scienceqa(pid, entry)
+        hint, lecture = ((entry.get(key) or "").strip() for key in ("hint", "lecture"))
+        before = (f"Context: {hint}\n" if hint else "") + (f"{lecture}\n" if lecture else "")
+        image = inside(images, row.image) if row.image else None
+        return choice(f"scienceqa-{pid}", image, row.question.strip(), options_of(row.options),
+                      row.place, before)
 
-        if isinstance(record, dict) and record.get("split") not in splits_of(selection, ("train",)):
-            selection.passed_over[f"split {record.get('split')}"] += 1
-        elif isinstance(record, dict) and not record.get("image") and not selection.text_only:
+    images = folder / "images" if (folder / "images").is_dir() else folder
+    for pid, entry, *_ in elements(folder / "problems.json"):
+        readable = isinstance(entry, dict)
+        if readable and entry.get("split") not in selection.splits:
+            selection.passed_over[f"split {entry.get('split')}"] += 1
+        elif readable and not entry.get("image") and not selection.text_only:
             selection.passed_over["no image (--text-only takes it)"] += 1
         else:
-            yield from guarded(f"scienceqa-{pid}", record, make)
+            yield guarded(f"scienceqa-{pid}", make, pid, entry)
 
 
-def math_vision(folder: Path, selection: Selection) -> Iterator[Candidate | Drop]:
-    """data/test.jsonl {id, question, options, answer, solution, image} less the ids of data/testmini.jsonl (evaluation)."""
+def tabmwp(folder: Path, selection: Selection) -> Found:
+    """problems_<split>.json {pid: entry}, tables/<pid>.png: the solution.
+
+    Its last sentence is "The answer is 1,200." or "The answer is (B) no.": what PromptPG's scorer
+    takes for the answer. That takes a first word of two letters for an option, too, so a solution
+    of a question with options does not begin with "At", but as others do.
+    """
+    def make(pid: str, entry: dict) -> Candidate:
+        row, (solution,) = formats.tabmwp(pid, entry), stripped(pid, entry, "solution")
+        question, gold, unit = row.question.strip(), row.answer.strip(), entry.get("unit")
+        said = gold if row.place is None else f"({row.letter}) {gold}"
+        if row.options and re.match("[A-Fa-f][a-z] ", solution):
+            solution = f"Look at the table. {solution}"
+        prompt = question + (f" (unit: {unit})" if unit else "") + lettered(row.options)
+        return Candidate(f"tabmwp-{pid}", inside(folder, row.image), question, prompt, solution,
+                         **right(row.options, row.place) or {"gold": gold}, always=True,
+                         closing=f"The answer is {said.rstrip('.')}.",
+                         rows=int(entry.get("row_num") or 0))
+
+    for split in selection.splits:
+        for pid, entry, *_ in elements(folder / f"problems_{split}.json"):
+            yield guarded(f"tabmwp-{pid}", make, pid, entry)
+
+
+def chartqa(folder: Path, selection: Selection) -> Found:
+    """<split>/<split>_{human,augmented}.json [entry], <split>/png/: a word; human-written only."""
+    def make(name: str, number: int, entry: dict) -> Candidate:
+        row = formats.chartqa(number, entry)
+        image = inside(base / split, row.image)
+        return word(name, image, row.question.strip(), row.answer.strip())
+
+    base = folder / "ChartQA Dataset" if (folder / "ChartQA Dataset").is_dir() else folder
+    for split in selection.splits:
+        for kind in ("human", "augmented"):
+            path = base / split / f"{split}_{kind}.json"
+            if kind == "augmented" and not selection.machine:
+                machine = sum(1 for _ in elements(path)) if path.exists() else 0
+                selection.passed_over["machine-written (--machine takes it)"] += machine
+                continue
+            for number, entry, *_ in elements(path):
+                name = f"chartqa-{split}-{kind}-{number}"
+                yield guarded(name, make, name, number, entry)
+
+
+def math_vision(folder: Path, selection: Selection) -> Found:
+    """data/<split>.jsonl, images/: the solution where there is one, else a word.
+
+    Split `test` is test.jsonl less the ids of testmini.jsonl, which is an evaluation set.
+    """
+    def make(number: int, entry: dict) -> Candidate:
+        row = formats.math_vision(number, entry)
+        name, image = f"math-vision-{row.id}", inside(folder, row.image)
+        question, gold = unescaped(row.question), unescaped(row.answer)
+        options, letters = [*map(unescaped, row.options)], list(LETTERS[:len(row.options)])
+        bare = [option.strip("(). ") for option in options] == letters  # they are in the picture
+        fields = right(letters if bare else options, row.place) or {"gold": gold}
+        # Several pictures of a problem are one image, in which each bears its mark. One has none.
+        asked = question if "<image2>" in question else re.sub(r"[ \t]*\n?<image1>", "", question)
+        prompt = asked.strip() + ("" if bare else lettered(options, "({}) {}"))
+        said = row.letter or gold
+        solution = re.sub(r"!\[[^\]]*\]\([^)]*\)|\[asy\].*?\[/asy\]", "",
+                          unescaped(entry.get("solution") or ""), flags=re.DOTALL).strip()
+        if not solution:
+            return Candidate(name, image, question, f"{prompt}\n{SINGLE_WORD}", said, **fields)
+        return Candidate(name, image, question, prompt, solution, **fields, always=bool(options),
+                         closing=f"So the answer is {said}.")
+
     mini = folder / "data" / "testmini.jsonl"
     if not mini.exists():
-        raise SourceError(f"{mini}: missing; without it the evaluation's questions cannot be kept out")
-    held_out = {str(record["id"]) for _, record in stream_lines(mini) if isinstance(record, dict) and "id" in record}
-
-    def make(record: dict) -> Candidate:
-        options = [str(text).strip() for text in record.get("options") or []]
-        question, gold = text_of(record, "question"), text_of(record, "answer")
-        # One picture holds all parts of a problem, so a single reference to it says nothing.
-        asked = re.sub(r"[ \t]*\n?<image1>", "", question).strip() if "<image2>" not in question else question
-        letters_only = options == list(LETTERS[: len(options)])
-        prompt = asked + ("" if letters_only else lettered(options, "({}) {}"))
-        index = at(options, LETTERS.find(gold)) if options else 0
-        solution = re.sub(r"!\[[^\]]*\]\([^)]*\)|\[asy\].*?\[/asy\]", "", record.get("solution") or "", flags=re.DOTALL)
-        image = inside(folder, text_of(record, "image"))
-        if not solution.strip():
-            return Candidate(f"math-vision-{record['id']}", image, question, prompt + "\n" + SINGLE_WORD, gold)
-        return Candidate(f"math-vision-{record['id']}", image, question, prompt, solution.strip(),
-                         gold=options[index] if options else gold, letter=gold if options else "",
-                         others=others(options, index) if options else (), closing=f"So the answer is {gold}.",
-                         always=bool(options))
-
-    for number, record in stream_lines(folder / "data" / "test.jsonl"):
-        if isinstance(record, dict) and str(record.get("id")) in held_out:
-            selection.passed_over["in testmini (evaluation)"] += 1
-        else:
-            yield from guarded(f"math-vision-line-{number}", record, make)
+        raise RecordError(f"{mini}: missing; without it the evaluation's questions cannot be "
+                          "kept out")
+    held_out = {str(entry.get("id")) for _, entry in rows(mini) if isinstance(entry, dict)}
+    for split in selection.splits:
+        for number, entry in rows(folder / "data" / f"{split}.jsonl"):
+            known = isinstance(entry, dict) and str(entry.get("id")) in held_out
+            if known and split != "testmini":
+                selection.passed_over["in testmini (evaluation)"] += 1
+            else:
+                yield guarded(f"math-vision-line-{number}", make, number, entry)
 
 
-def textbookqa(folder: Path, selection: Selection) -> Iterator[Candidate | Drop]:
-    """<split>/tqa_v1_<split>.json: lessons with questions.diagramQuestions and instructionalDiagrams.
+# LaTeX commands whose names begin with n, which a literal \n may be the beginning of.
+N_COMMANDS = ("(?:abla|atural|e|earrow|eg|eq|ewline|exists|geq|i|leq|mid|onumber|ormalsize|ot|otin|"
+              "parallel|u|warrow)")
 
-    Questions with a diagram as such; instructional diagrams with a prompt of Table 5 and their description as answer.
+
+def unescaped(text: str) -> str:
+    r"""MATH-Vision's text as it was meant: line breaks for its literal \n, and the backslash of a
+    \frac of which its JSON makes a form feed."""
+    text = text.replace("\f", r"\f")
+    # Two backslashes before the n: one of them ends a row of LaTeX.
+    return re.sub(rf"(\\*)\\n(?!{N_COMMANDS}(?![A-Za-z]))",
+                  lambda match: "\\\\\n" if match[1] else "\n", text).strip()
+
+
+# ------------------------------------------------------ ArxivQA, TextbookQA, GeoQA, Geometry3K
+
+
+def arxivqa(folder: Path, selection: Selection) -> Found:
+    """arxivqa.jsonl {id, image, question, options, label, rationale}, images/: the rationale."""
+    def make(number: int, entry: dict) -> Candidate:
+        name, image, question, label, rationale = stripped(
+            number, entry, "id", "image", "question", "label", "rationale")
+        # Some lists of options begin with a heading, which is none.
+        options = options_of([option for option in entry["options"]
+                              if not str(option).strip().startswith("##")])
+        match = re.match(r"[(\[]?([A-Z])(?![A-Za-z])", label)  # "B", "B)", "[B]", "B. blue"
+        said = options.index(label) if label in options else LETTERS.find(match[1]) if match else -1
+        place = place_of(number, said, options)
+        return Candidate(f"arxivqa-{name}", inside(folder, image), question,
+                         question + lettered(options), rationale, **right(options, place),
+                         closing=f"So the answer is {options[place]}", always=True)
+
+    for number, entry in rows(folder / "arxivqa.jsonl"):
+        yield guarded(f"arxivqa-line-{number}", make, number, entry)
+
+
+def textbookqa(folder: Path, selection: Selection) -> Found:
+    """<split>/tqa_v*_<split>.json: lessons with questions.diagramQuestions, instructionalDiagrams.
+
+    A question with a diagram is answered with a letter; an instructional diagram is asked for with
+    a prompt of Table 5 and answered with its description. Images: relative to the split's folder.
     """
-    def question(base: Path, name: str) -> Callable[[dict], Candidate]:
-        def make(record: dict) -> Candidate:
-            choices = sorted(record["answerChoices"].items())
-            options = options_of([text_of(choice, "processedText") for _, choice in choices])
-            gold = text_of(record["correctAnswer"], "processedText").lower().rstrip(".)")
-            index = at(options, [key for key, _ in choices].index(gold) if gold in dict(choices) else gold)
-            asked = text_of(record["beingAsked"], "processedText")
-            return Candidate(name, inside(base, text_of(record, "imagePath")), asked,
-                             asked + lettered(options) + "\n" + OPTION_LETTER, LETTERS[index], mismatch=other_name(record))
-        return make
+    def question(base: Path, key: str, entry: dict) -> Candidate:
+        choices = sorted(entry["answerChoices"].items())
+        options = options_of([stripped(key, text, "processedText")[0] for _, text in choices])
+        (gold,) = stripped(key, entry["correctAnswer"], "processedText")
+        letters = [letter for letter, _ in choices]
+        gold = gold.lower().rstrip(".)")
+        place = place_of(key, letters.index(gold) if gold in letters else gold, options)
+        (asked,) = stripped(key, entry["beingAsked"], "processedText")
+        (image,) = stripped(key, entry, "imagePath")
+        return choice(f"textbookqa-{key}", inside(base, image), asked, options, place,
+                      mismatch=other_name(entry))
 
-    def diagram(base: Path, name: str) -> Callable[[dict], Candidate]:
-        def make(record: dict) -> Candidate:
-            choice = int.from_bytes(hashlib.blake2b(f"{selection.seed} {name}".encode(), digest_size=8).digest(), "big")
-            prompt = DETAIL_PROMPTS[choice % len(DETAIL_PROMPTS)]
-            return Candidate(name, inside(base, text_of(record, "imagePath")), prompt, prompt,
-                             text_of(record, "processedText"), mismatch=other_name(record))
-        return make
+    def diagram(base: Path, key: str, entry: dict) -> Candidate:
+        name = f"textbookqa-{key}"
+        image, text = stripped(key, entry, "imagePath", "processedText")
+        drawn = hashlib.blake2b(f"{selection.seed} {name}".encode(), digest_size=8).digest()
+        prompt = DETAIL_PROMPTS[int.from_bytes(drawn, "big") % len(DETAIL_PROMPTS)]
+        return Candidate(name, inside(base, image), prompt, prompt, text, gold=text,
+                         mismatch=other_name(entry))
 
-    def other_name(record: dict) -> str:
-        stated, path = record.get("imageName"), record["imagePath"]
-        return "" if not stated or Path(path).stem == Path(stated).stem else f"imageName {stated} but imagePath {path}"
+    def other_name(entry: dict) -> str:
+        stated, path = entry.get("imageName"), entry["imagePath"]
+        same = not stated or Path(path).stem == Path(stated).stem
+        return "" if same else f"imageName {stated} but imagePath {path}"
 
-    for split in splits_of(selection, ("train",)):
+    for split in selection.splits:
         base = folder / split
-        for _, lesson in stream_json(base / f"tqa_v1_{split}.json"):
+        for _, lesson, *_ in elements(next(base.glob(f"tqa_v*_{split}.json"))):
             try:
                 passed = len(lesson["questions"].get("nonDiagramQuestions", {}))
-                asked, taught = lesson["questions"]["diagramQuestions"], lesson.get("instructionalDiagrams", {})
-                asked, taught = list(asked.items()), list(taught.items())
+                asked = list(lesson["questions"]["diagramQuestions"].items())
+                taught = list(lesson.get("instructionalDiagrams", {}).items())
             except (KeyError, TypeError, AttributeError) as error:
                 yield Drop(f"textbookqa-{split}", "malformed", f"a lesson without {error}")
                 continue
             if passed:
                 selection.passed_over["question without a diagram"] += passed
-            for key, record in asked:
-                yield from guarded(f"textbookqa-{key}", record, question(base, f"textbookqa-{key}"))
-            for key, record in taught:
-                yield from guarded(f"textbookqa-{key}", record, diagram(base, f"textbookqa-{key}"))
+            for key, entry in asked:
+                yield guarded(f"textbookqa-{key}", question, base, key, entry)
+            for key, entry in taught:
+                yield guarded(f"textbookqa-{key}", diagram, base, key, entry)
 
 
-def geoqa(folder: Path, selection: Selection) -> Iterator[Candidate | Drop]:
-    """GeoQA3: json/<id>.json {id, subject, choices, label, answer}, image/<id>.png; GeoQA+: geoqa+.jsonl (LLaVA), images/.
+def geoqa(folder: Path, selection: Selection) -> Found:
+    """GeoQA3: json/<id>.json {id, subject, choices, label, answer}, image/<id>.png, and GeoQA+:
+    geoqa+.jsonl in LLaVA's format, images/; whichever of the two the folder holds.
 
-    Whichever of the two the folder holds, or both. GeoQA3's solution is the answer and ends in its option's letter.
+    GeoQA3's solution is the answer and ends in its option's letter.
     """
-    def make3(record: dict) -> Candidate:
-        options, subject = options_of(record["choices"]), text_of(record, "subject")
-        index = at(options, record["label"])
-        solution = re.sub(r"[.。]?\s*$", "", text_of(record, "answer"))
-        return Candidate(f"geoqa-{record['id']}", inside(folder, f"image/{record['id']}.png"), subject,
-                         " ".join([subject, *(f"{letter}. {text}" for letter, text in zip(LETTERS, options))]), solution,
-                         gold=options[index], letter=LETTERS[index], others=others(options, index),
-                         closing=f"故选{LETTERS[index]}", always=True)
+    def geoqa3(stem: str, entry: dict) -> Candidate:
+        key, subject, answer = stripped(stem, entry, "id", "subject", "answer")
+        options = options_of(entry["choices"])
+        place = place_of(stem, entry["label"], options)
+        prompt = " ".join([subject, *map("{}. {}".format, LETTERS, options)])
+        return Candidate(f"geoqa-{key}", inside(folder, f"image/{key}.png"), subject, prompt,
+                         answer.rstrip(".。 "), **right(options, place),
+                         closing=f"故选{LETTERS[place]}", always=True)
 
-    def make_plus(record: dict) -> Candidate:
-        human, gpt = record["conversations"][:2]
-        prompt = text_of(human, "value").replace("<image>", "").strip()
-        image = text_of(record, "image").removeprefix("geoqa+/")
+    def plus(number: int, entry: dict) -> Candidate:
+        key, image = stripped(number, entry, "id", "image")
+        (prompt,), (answer,) = (stripped(key, turn, "value") for turn in entry["conversations"][:2])
+        prompt, image = prompt.replace("<image>", "").strip(), image.removeprefix("geoqa+/")
         image = image if image.startswith("images/") else f"images/{image}"
-        return Candidate(f"geoqa-plus-{record['id']}", inside(folder, image), prompt, prompt, text_of(gpt, "value"))
+        return Candidate(f"geoqa-plus-{key}", inside(folder, image), prompt, prompt, answer,
+                         gold=answer)
 
-    if (folder / "json").is_dir():
-        for path in sorted((folder / "json").glob("*.json"), key=lambda path: (len(path.stem), path.stem)):
-            yield from guarded(f"geoqa-{path.stem}", load(path), make3)
+    for path in sorted((folder / "json").glob("*.json")):
+        yield guarded(f"geoqa-{path.stem}", geoqa3, path.stem, load(path))
     if (folder / "geoqa+.jsonl").exists():
-        for number, record in stream_lines(folder / "geoqa+.jsonl"):
-            yield from guarded(f"geoqa-plus-line-{number}", record, make_plus)
+        for number, entry in rows(folder / "geoqa+.jsonl"):
+            yield guarded(f"geoqa-plus-line-{number}", plus, number, entry)
 
 
-def load(path: Path) -> object:
-    """A small JSON file; what is wrong with it is returned as json.JSONDecodeError, for `guarded`."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        return error
-    except (OSError, UnicodeDecodeError) as error:
-        return json.JSONDecodeError(f"cannot be read: {error}", "", 0)
+def geometry3k(folder: Path, selection: Selection) -> Found:
+    """<split>/<id>/data.json {problem_text, choices, answer, img_width, img_height} beside
+    img_diagram.png: a letter. Train and val are the ids 0 to 2400 that the released SMR has."""
+    def make(path: Path, entry: dict) -> Candidate:
+        name, (question, answer) = path.parent.name, stripped(path, entry, "problem_text", "answer")
+        options = options_of(entry["choices"])
+        stated = (entry.get("img_width"), entry.get("img_height"))
+        return choice(f"geometry3k-{name}", path.parent / "img_diagram.png", question, options,
+                      place_of(name, LETTERS.find(answer or "-"), options),
+                      size=stated if all(stated) else None)
+
+    for split in selection.splits:
+        for path in sorted(folder.glob(f"{split}/*/data.json")):
+            yield guarded(f"geometry3k-{path.parent.name}", make, path, load(path))
 
 
-def geometry3k(folder: Path, selection: Selection) -> Iterator[Candidate | Drop]:
-    """<split>/<id>/data.json {id, problem_text, choices, answer, img_width, img_height}, img_diagram.png (RGBA).
+# ---------------------------------------------------------------------------------- DVQA, AI2D
 
-    Train and val are the ids 0 to 2400 that the released SMR has.
+
+def dvqa(folder: Path, selection: Selection) -> Found:
+    """<split>_qa.json [{image, question, answer, template_id or question_type, answer_bbox or
+    bbox_answer, question_id}], images/: a word.
+
+    A random `count` of the reasoning questions. The file is read twice, so that only their places
+    are held.
     """
-    def make(record: dict) -> Candidate:
-        options, question = options_of(record["choices"]), text_of(record, "problem_text")
-        index = at(options, LETTERS.find(text_of(record, "answer") or "-"))
-        stated = (record.get("img_width"), record.get("img_height"))
-        return Candidate(f"geometry3k-{path.parent.name}", path.parent / "img_diagram.png", question,
-                         question + lettered(options) + "\n" + OPTION_LETTER, LETTERS[index], size=stated if all(stated) else None)
+    def reasoning(entry: object) -> bool:
+        kinds = ("template_id", "question_type")
+        return not isinstance(entry, dict) or "reasoning" in map(entry.get, kinds)
 
-    for split in splits_of(selection, ("train", "val")):
-        for path in sorted(folder.glob(f"{split}/*/data.json"), key=lambda path: (len(path.parent.name), path.parent.name)):
-            yield from guarded(f"geometry3k-{path.parent.name}", load(path), make)
+    def make(split: str, place: int, entry: dict) -> Candidate:
+        image, question, answer = stripped(f"at-{place}", entry, "image", "question", "answer")
+        box = tuple(map(float, entry.get("answer_bbox") or entry.get("bbox_answer") or ()))
+        if len(box) not in (0, 4):
+            raise RecordError(f"an answer's box has four numbers, not {len(box)}")
+        fits = image.startswith(f"bar_{split}_")
+        return word(f"dvqa-{split}-{entry.get('question_id', f'at-{place}')}", inside(base, image),
+                    question, answer, box=box,
+                    mismatch="" if fits else f"image {image} is not of split {split}")
 
-
-def tabmwp(folder: Path, selection: Selection) -> Iterator[Candidate | Drop]:
-    """problems_<split>.json {pid: {question, choices, answer, unit, solution, row_num}}, tables/<pid>.png: the solution."""
-    for split in splits_of(selection, ("train", "dev")):
-        whole = folder / f"problems_{split}.json"
-        for path in [whole] if whole.exists() else sorted(folder.glob(f"problems_{split}*.json")):
-            for pid, record in stream_json(path):
-                def make(record: dict) -> Candidate:
-                    question, gold, unit = text_of(record, "question"), text_of(record, "answer"), record.get("unit")
-                    options = options_of(record["choices"]) if record.get("choices") else []
-                    if options and gold not in options:
-                        raise ValueError(f"the answer {gold!r} is not one of the {len(options)} options")
-                    index = options.index(gold) if options else 0
-                    prompt = question + (f" (unit: {unit})" if unit else "") + lettered(options)
-                    return Candidate(f"tabmwp-{pid}", folder / "tables" / f"{int(pid)}.png", question, prompt,
-                                     text_of(record, "solution"), gold=gold, letter=LETTERS[index] if options else "",
-                                     others=others(options, index) if options else (),
-                                     closing=f"The answer is {f'{gold} {unit}' if unit else gold}".rstrip(".") + ".",
-                                     rows=int(record.get("row_num") or 0))
-                yield from guarded(f"tabmwp-{pid}", record, make)
-
-
-def dvqa(folder: Path, selection: Selection) -> Iterator[Candidate | Drop]:
-    """<split>_qa.json [{image, question, answer, question_type or template_id, bbox_answer or answer_bbox, question_id}].
-
-    A random `count` of the reasoning questions: the file is read twice, so that only their places are held.
-    """
-    def reasoning(record: object) -> bool:
-        return not isinstance(record, dict) or "reasoning" in (record.get("question_type"), record.get("template_id"))
-
-    def make(record: dict) -> Candidate:
-        image, question = text_of(record, "image"), text_of(record, "question")
-        box = record.get("bbox_answer") or record.get("answer_bbox")
-        box = tuple(float(number) for number in box) if box else None
-        if box and len(box) != 4:
-            raise ValueError(f"an answer's box has four numbers, not {len(box)}")
-        base = folder / "images" if images else folder
-        name = record["question_id"] if "question_id" in record else f"at-{place}"
-        return Candidate(f"dvqa-{split}-{name}", inside(base, image), question, question + "\n" + SINGLE_WORD,
-                         text_of(record, "answer"), box=box,
-                         mismatch="" if image.startswith(f"bar_{split}_") else f"image {image} is not of split {split}")
-
-    images = (folder / "images").is_dir()
-    paths = [(split, folder / f"{split}_qa.json") for split in splits_of(selection, ("train",))]
-    total = sum(reasoning(record) for _, path in paths for _, record in stream_json(path))
+    base = folder / "images" if (folder / "images").is_dir() else folder
+    paths = [(split, folder / f"{split}_qa.json") for split in selection.splits]
+    total = sum(reasoning(entry) for _, path in paths for _, entry, *_ in elements(path))
     chosen = np.zeros(total, dtype=bool)  # [questions]
-    chosen[np.random.default_rng(selection.seed).permutation(total)[: selection.count]] = True
+    chosen[np.random.default_rng(selection.seed).permutation(total)[:selection.count]] = True
     place = -1
     for split, path in paths:
-        for _, record in stream_json(path):
-            if not reasoning(record):
+        for _, entry, *_ in elements(path):
+            if not reasoning(entry):
                 selection.passed_over["not reasoning"] += 1
                 continue
             place += 1
             if chosen[place]:
-                yield from guarded(f"dvqa-{split}-at-{place}", record, make)
+                yield guarded(f"dvqa-{split}-at-{place}", make, split, place, entry)
             else:
                 selection.passed_over["not drawn (--count)"] += 1
 
 
-def ai2d(folder: Path, selection: Selection) -> Iterator[Candidate | Drop]:
-    """questions/<image>.json {imageName, questions: {text: {abcLabel, answerTexts, correctAnswer, questionId}}}, images/.
+def ai2d(folder: Path, selection: Selection) -> Found:
+    """questions/<image>.json {imageName, questions: {text: {abcLabel, answerTexts, correctAnswer,
+    questionId}}}, images/: a letter.
 
-    A question about letters has its picture, with the letters drawn in, in abc_images. Images named in ai2d_test_ids.csv, if
-    the folder has it, are passed over.
+    A question about letters has its picture, with the letters drawn in, in abc_images. The images
+    named in ai2d_test_ids.csv are the split `test`, all others `train`.
     """
-    held_out = folder / "ai2d_test_ids.csv"
-    test = set(held_out.read_text(encoding="utf-8").split()) if held_out.exists() else set()
-    for path in sorted((folder / "questions").glob("*.json"), key=lambda path: (len(path.name), path.name)):
-        name, record = path.name.removesuffix(".json"), load(path)
-        if Path(name).stem in test:
-            selection.passed_over["in ai2d_test_ids.csv"] += 1
+    def make(name: str, number: int, question: str, stated: str, entry: dict) -> Candidate:
+        options = options_of(entry["answerTexts"])
+        (said,) = texts(name, entry, "correctAnswer")
+        pictures = "abc_images" if entry.get("abcLabel") else "images"
+        return choice(f"ai2d-{entry.get('questionId', f'{name}-{number}')}",
+                      inside(folder, f"{pictures}/{name}"), question.strip(), options,
+                      place_of(name, int(said), options), mismatch="" if stated == name else
+                      f"the file is of {name}, its imageName is {stated}")
+
+    ids = folder / "ai2d_test_ids.csv"
+    if not ids.exists():
+        raise RecordError(f"{ids}: missing; without it the test images cannot be kept out (an "
+                          "empty file takes them all)")
+    test = set(ids.read_text(encoding="utf-8").split())
+    for path in sorted((folder / "questions").glob("*.json")):
+        name, page = path.name.removesuffix(".json"), load(path)
+        if ("test" if Path(name).stem in test else "train") not in selection.splits:
+            selection.passed_over["other split by ai2d_test_ids.csv"] += 1
             continue
-        try:
-            questions = list(dict(record["questions"]).items())  # an image without questions has an empty list
+        try:  # an image without questions has an empty list
+            questions = list(dict(page["questions"]).items())
         except (KeyError, TypeError, ValueError):
-            detail = record.msg if isinstance(record, json.JSONDecodeError) else "no questions in it"
-            yield Drop(f"ai2d-{name}", "malformed", f"{path.name}: {detail}")
+            detail = str(page) if isinstance(page, RecordError) else f"{path}: no questions in it"
+            yield Drop(f"ai2d-{name}", "malformed", detail)
             continue
-        stated = record.get("imageName", name)
         for number, (question, entry) in enumerate(questions):
-            def make(entry: dict) -> Candidate:
-                options = options_of(entry["answerTexts"])
-                index = at(options, entry["correctAnswer"])
-                pictures = "abc_images" if entry.get("abcLabel") else "images"
-                return Candidate(f"ai2d-{entry.get('questionId', f'{name}-{number}')}", inside(folder, f"{pictures}/{name}"),
-                                 question.strip(), question.strip() + lettered(options) + "\n" + OPTION_LETTER, LETTERS[index],
-                                 mismatch="" if stated == name else f"the file is of {name}, its imageName is {stated}")
-            yield from guarded(f"ai2d-{name}-{number}", entry, make)
+            yield guarded(f"ai2d-{name}-{number}", make, name, number, question,
+                          page.get("imageName", name), entry)
 
 
-def chartqa(folder: Path, selection: Selection) -> Iterator[Candidate | Drop]:
-    """"ChartQA Dataset"/<split>/<split>_{human,augmented}.json [{imgname, query, label}], <split>/png: human-written only."""
-    base = folder / "ChartQA Dataset" if (folder / "ChartQA Dataset").is_dir() else folder
-    for split in splits_of(selection, ("train",)):
-        for kind in ("human", "augmented"):
-            if kind == "augmented" and not selection.machine:
-                if (path := base / split / f"{split}_augmented.json").exists():
-                    selection.passed_over["machine-written"] += sum(1 for _ in stream_json(path))
-                continue
-            for number, record in stream_json(base / split / f"{split}_{kind}.json"):
-                def make(record: dict) -> Candidate:
-                    question = text_of(record, "query")
-                    image = inside(base / split / "png", text_of(record, "imgname"))
-                    return Candidate(f"chartqa-{split}-{kind}-{number}", image, question, question + "\n" + SINGLE_WORD,
-                                     text_of(record, "label"))
-                yield from guarded(f"chartqa-{split}-{kind}-{number}", record, make)
+# ------------------------------------------------------------------------------------ the table
 
 
 @dataclass(frozen=True)
 class Source:
-    """How a source is read, what its raw folder must hold (any of the patterns), and how many records the paper has."""
+    """How a source is read, how many records the paper has of it, what its raw folder must hold
+    (any of the patterns; their first star is a split's name), and which splits are for training."""
 
-    read: Callable[[Path, Selection], Iterator[Candidate | Drop]]
-    holds: tuple[str, ...]
+    read: Callable[[Path, Selection], Found]
     paper: str   # Figure 3; after a comma Appendix B, where it says something else
+    holds: tuple[str, ...]
+    training: tuple[str, ...] = ()
+
+    def fits(self, folder: Path) -> bool:
+        return any(next(folder.glob(pattern), None) is not None for pattern in self.holds)
+
+    def splits(self, folder: Path) -> set[str]:
+        """The splits that `folder` has."""
+        if self.read is scienceqa:  # a field of the records
+            entries = (entry for _, entry, *_ in elements(folder / "problems.json"))
+            return {str(entry.get("split")) for entry in entries if isinstance(entry, dict)}
+        if self.read is ai2d:  # a list of ids
+            return {"train", "test"}
+        return {re.fullmatch(re.escape(pattern).replace(r"\*", "([^/]*)"),
+                             path.relative_to(folder).as_posix())[1]
+                for pattern in self.holds for path in folder.glob(pattern)}
 
 
 SOURCES = {
-    "arxivqa": Source(arxivqa, ("arxivqa.jsonl",), "100K"),
-    "scienceqa": Source(scienceqa, ("problems.json",), "12.7K"),
-    "math-vision": Source(math_vision, ("data/test.jsonl",), "3,040 in all"),
-    "textbookqa": Source(textbookqa, ("*/tqa_v1_*.json",), "9.5K"),
-    "geoqa": Source(geoqa, ("json/*.json", "geoqa+.jsonl"), "76K"),
-    "geometry3k": Source(geometry3k, ("*/*/data.json",), "3,002 in all"),
-    "tabmwp": Source(tabmwp, ("problems_*.json",), "30K"),
-    "dvqa": Source(dvqa, ("*_qa.json",), "200K, 100K"),
-    "ai2d": Source(ai2d, ("questions/*.json",), "12K"),
-    "chartqa": Source(chartqa, ("ChartQA Dataset/*/*_human.json", "*/*_human.json"), "28.3K, 9.6K"),
+    "arxivqa": Source(arxivqa, "100K", ("arxivqa.jsonl",)),
+    "scienceqa": Source(scienceqa, "12.7K", ("problems.json",), ("train",)),
+    "math-vision": Source(math_vision, "3,040 in all", ("data/*.jsonl",), ("test",)),
+    "textbookqa": Source(textbookqa, "9.5K", ("*/tqa_v*_*.json",), ("train",)),
+    "geoqa": Source(geoqa, "76K", ("json/*.json", "geoqa+.jsonl")),
+    "geometry3k": Source(geometry3k, "3,002 in all", ("*/*/data.json",), ("train", "val")),
+    "tabmwp": Source(tabmwp, "30K", ("problems_*.json",), ("train", "dev")),
+    "dvqa": Source(dvqa, "200K, 100K", ("*_qa.json",), ("train",)),
+    "ai2d": Source(ai2d, "12K", ("questions/*.json",), ("train",)),
+    "chartqa": Source(chartqa, "28.3K, 9.6K",
+                      ("ChartQA Dataset/*/*_human.json", "*/*_human.json"), ("train",)),
 }
 
 
-def check_folder(source: str, folder: Path) -> None:
-    """Raises SourceError where `folder` is not the raw layout of `source`, naming the one that it is."""
+def check(source: str, folder: Path, selection: Selection) -> Selection:
+    """`selection` with its splits; RecordError where `folder` is not the raw layout of `source`,
+    naming the one that it is, or lacks a split, naming those that it has."""
     if not folder.is_dir():
-        raise SourceError(f"{folder}: no such folder")
-
-    def fits(entry: Source) -> bool:
-        return any(next(folder.glob(pattern), None) is not None for pattern in entry.holds)
-
-    if not fits(SOURCES[source]):
-        like = [name for name, entry in SOURCES.items() if fits(entry)]
+        raise RecordError(f"{folder}: no such folder")
+    chosen = SOURCES[source]
+    if not chosen.fits(folder):
+        like = [name for name, entry in SOURCES.items() if entry.fits(folder)]
         hint = f"; it looks like {like[0]}" if like else ""
-        raise SourceError(f"{folder}: not {source}'s raw folder (no {' or '.join(SOURCES[source].holds)}){hint}")
+        raise RecordError(f"{folder}: not {source}'s raw folder (no {' or '.join(chosen.holds)})"
+                          f"{hint}")
+    if selection.splits and not chosen.training:
+        raise RecordError(f"{source} has no splits: leave --splits out")
+    splits = selection.splits or chosen.training
+    there = chosen.splits(folder) if splits else ()
+    for split in splits:
+        if split not in there:
+            raise RecordError(f"{folder}: no split {split!r} of {source}; there are "
+                              f"{', '.join(sorted(there))}: choose with --splits")
+    return replace(selection, splits=tuple(dict.fromkeys(splits)))

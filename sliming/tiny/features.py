@@ -115,7 +115,8 @@ def training_set(config: TrainConfig, stage: int, model: SliME,
     if not 0 < recipe.pool < shown or recipe.max_tokens is not None:
         return TrainingSet(stage, config.seed)
     records = TrainingSet(stage, config.seed, recipe.pool)
-    model.vision.to(device)
+    if recipe.shard != "none":  # a tower that is divided runs within the model only
+        return records
     pictures = (records[index]["image"] for index in range(recipe.pool))
     features = Features(Path(config.out) / "features", f"stage{stage}-seed{config.seed}-"
                         f"{recipe.pool}-pictures", pictures, model, parts)

@@ -31,8 +31,24 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from sliming.backbones import VisionTower
 from sliming.qformer import sincos_2d
 from sliming.slicer import slice_image
-from sliming.tiny.pictures import (COLOURS, COUNTS, CROP, DETAIL_PROMPTS, KINDS, LETTERS, NUMBER_SIZE, SHAPES, Scene, caption,
-                               description, detail_questions, generator, global_questions, render, sample_scene)
+from sliming.tiny.pictures import (
+    COLOURS,
+    COUNTS,
+    CROP,
+    DETAIL_PROMPTS,
+    KINDS,
+    LETTERS,
+    NUMBER_SIZE,
+    SHAPES,
+    Scene,
+    caption,
+    description,
+    detail_questions,
+    generator,
+    global_questions,
+    render,
+    sample_scene,
+)
 
 VISION_STEPS, LLM_STEPS = 2500, 900
 PATCH = 8

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sliming.checkpoints.__main__ import main
-from sliming.checkpoints.files import CheckpointError
-from sliming.checkpoints.lora import ALPHA, RANK, add_lora, without_lora, write_lora
+from sliming.checkpoints.files import write_lora
+from sliming.checkpoints.lora import ALPHA, RANK, add_lora, without_lora
 from sliming.model import SliME
 from sliming.config import TrainConfig
 from sliming.trainer import train_stage
@@ -59,7 +59,7 @@ def test_merging_by_hand_and_by_command(model, start, tmp_path, monkeypatch, cap
     assert set(without_lora(with_adapters)) == set(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in without_lora(with_adapters).items())
     folder = start / "lora"
-    write_lora(model.llm, with_adapters, folder, "somewhere/base")
+    write_lora(folder, model.llm, with_adapters, "somewhere/base")
     ids = torch.arange(3, 40)[None]
     expected = model.llm(ids).logits
     again = SliME.from_pretrained(start)

@@ -1,0 +1,83 @@
+"""The pretrained parts as they are published: a CLIP tower and a causal language model.
+
+From a folder or a hub id in transformers' format, or "tiny" for the stand-ins that ship with the
+package. Read as streams of tensors, like a checkpoint (files.py): in training every rank takes its
+own rows of each, and no process ever holds a whole model.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, GenerationConfig
+
+from sliming.backbones import TINY, VisionTower
+from sliming.checkpoints.files import (
+    Checkpoint,
+    CheckpointError,
+    Tensors,
+    download,
+    fill,
+    read_weights,
+)
+from sliming.config import SliMEConfig
+from sliming.distributed import materialise
+
+
+def read(config: SliMEConfig) -> Checkpoint:
+    """The two backbones of a new model; what lies between them is not in the stream. The tower is
+    cut to the layer that is used. CheckpointError, OSError for what cannot be had."""
+    tower, words = place(config.vision, "vision"), place(config.llm, "llm")
+    vision = cut(CLIPVisionConfig.from_pretrained(tower), config.vision_layer)
+    llm = AutoConfig.from_pretrained(words, trust_remote_code=False)
+    if (words / "generation_config.json").is_file():  # it may name more tokens that end an answer
+        llm.eos_token_id = GenerationConfig.from_pretrained(words).eos_token_id
+    tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
+    config = replace(config, vision_layer=-1, vision_config=json.loads(vision.to_json_string()),
+                     llm_config=json.loads(llm.to_json_string()))
+
+    def tensors() -> Tensors:
+        yield from ((f"vision.clip.{name}", part) for name, part in
+                    tower_tensors(tower, vision.num_hidden_layers))
+        for name, part in read_weights(words, "model"):
+            if not (llm.tie_word_embeddings and name == "lm_head.weight"):
+                yield f"llm.{name}", part
+
+    return Checkpoint(words, config, tokenizer, tensors(), optional=("adapter.", "compression."))
+
+
+def place(name: str, tiny: str) -> Path:
+    """The folder of a backbone."""
+    if name == "tiny":
+        return TINY / tiny
+    return Path(name) if Path(name).is_dir() else download(name)
+
+
+def cut(config: CLIPVisionConfig, layer: int) -> CLIPVisionConfig:
+    """The settings of a tower that ends with hidden state `layer`, counted as transformers does: -2
+    is the output of the last layer but one, -1 that of the last."""
+    used = config.num_hidden_layers + 1 + layer
+    if layer >= 0 or used < 1:
+        raise CheckpointError(f"vision_layer must be -1 .. -{config.num_hidden_layers}, got {layer}")
+    return CLIPVisionConfig.from_dict({**config.to_dict(), "num_hidden_layers": used})
+
+
+def tower_tensors(folder: Path, layers: int) -> Tensors:
+    """The vision half of a CLIP model, its first `layers` layers."""
+    others = ("text_", "visual_projection", "logit_scale", "post_layernorm",
+              "embeddings.position_ids")
+    for name, tensor in read_weights(folder, "model"):
+        name = name.removeprefix("vision_model.")
+        layer = name.removeprefix("encoder.layers.").partition(".")[0]
+        if not name.startswith(others) and not (layer.isdecimal() and int(layer) >= layers):
+            yield name, tensor
+
+
+def load_vision(name: str, layer: int) -> VisionTower:
+    """A pretrained tower alone."""
+    folder = place(name, "vision")
+    config = cut(CLIPVisionConfig.from_pretrained(folder), layer)
+    tower = VisionTower(config)
+    materialise(tower, "cpu")
+    fill(dict(tower.clip.named_parameters()), tower_tensors(folder, config.num_hidden_layers), folder)
+    return tower
