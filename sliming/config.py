@@ -133,7 +133,7 @@ PRESETS = {
     # 64 patches and 16 queries per crop. Steps are few, so the compression begins where long
     # training would bring it: each query looks at its own place first (QueryFormer.look_nearby).
     "tiny": Preset(
-        SliMEConfig(vision="tiny", llm="tiny", vision_layer=-1, num_queries=16,
+        SliMEConfig(vision="tiny", llm="tiny", vision_layer=-1, num_queries=16, resize="torch",
                     look_nearby={"content": 0.1, "near": 9.0, "far": 0.1, "share": 6 / 32}),
         {1: Recipe(16, 2e-3, steps=400), 2: Recipe(16, 2e-3, steps=350),
          3: Recipe(16, 1e-3, 1e-3, steps=450)}),

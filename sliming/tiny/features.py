@@ -4,7 +4,8 @@ The vision tower is frozen: what it says of a picture never changes. Pictures th
 than once (those of a training's pool, those of the evaluation after every stage) are read by the
 tower once, and what it said is kept in a file.
 
-Legend: N pictures, V views of all of them, P crops of one, L patches per view, Dv vision width.
+Legend: N pictures, V different views of all of them, P crops of one, L patches per view, Dv vision
+width.
 """
 
 import hashlib
@@ -20,10 +21,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from sliming.chat import IGNORE, IMAGE_TOKEN, Encoded
 from sliming.config import STAGES, TrainConfig
 from sliming.distributed import is_main
-from sliming.inputs import Batch, Sample
 from sliming.model import SliME
 from sliming.slicer import Slices
 from sliming.tiny.pictures import TrainingSet, record
@@ -34,8 +33,9 @@ BATCH = 32  # pictures that the tower reads at once
 class Features(Sequence):
     """What the tower says of N pictures: item i is `Slices` with features in the place of pixels.
 
-    They lie in `folder`, float32 [V, L, Dv] view after view, and are read one picture at a time.
-    The file is named by `name` and by all that its content depends on; who comes first makes it.
+    They lie in `folder`, float32 [V, L, Dv], and are read one picture at a time. Equal views, a
+    third of the crops is blank paper, are there once. The file is named by `name` and by all that
+    its content depends on; who comes first makes it.
     """
 
     def __init__(self, folder: Path, name: str, pictures: Iterable[Image.Image], model: SliME,
@@ -47,45 +47,50 @@ class Features(Sequence):
             content.update(tensor.float().cpu().numpy().tobytes())
         self.path = folder / f"{name}-{content.hexdigest()[:16]}.f32"
         self.parts = parts
-        self.shape = model.processor.num_patches, len(model.adapter.w_gate)    # L, Dv
-        index = self.path.with_suffix(".npy")
+        self.shape = -1, model.processor.num_patches, len(model.adapter.w_gate)  # V, L, Dv
+        index = self.path.with_suffix(".npz")
         if not index.is_file():  # it is written last
-            np.save(index, self.make(pictures, model))
-        self.grids = np.load(index)                                            # [N, 2]
+            grids, places = self.make(pictures, model)
+            np.savez(index, grids=grids, places=places)
+        with np.load(index) as found:
+            self.grids, self.places = found["grids"], found["places"]          # [N, 2], [all views]
         views = (parts != "local") + (parts != "global") * self.grids.prod(1)  # [N]
         self.starts = np.concatenate([[0], views.cumsum()])                    # [N + 1]
 
     @torch.no_grad()
-    def make(self, pictures: Iterable[Image.Image], model: SliME) -> np.ndarray:
-        """Writes the file; the pictures' grids [N, 2]."""
+    def make(self, pictures: Iterable[Image.Image], model: SliME) -> tuple[list, list[int]]:
+        """Writes the file; the pictures' grids, and every view's place in it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Two runs may make it at the same time: each its own file.
         handle, temporary = tempfile.mkstemp(dir=self.path.parent)
-        grids, nothing = [], Encoded([IMAGE_TOKEN], [IGNORE], [])
+        grids, places, known = [], [], {}  # known: pixels -> place
         pictures = iter(tqdm(pictures, self.path.stem.rpartition("-")[0], unit="picture",
                              leave=False, disable=not is_main()))
         with os.fdopen(handle, "wb") as file:
             while some := list(islice(pictures, BATCH)):
-                batch = Batch.pack([Sample(nothing, [model.processor.slice(one, None, self.parts)])
-                                    for one in some])
-                views, crops = model.encode(batch.to(model.vision.mean.device), self.parts)
-                views = views.split(1) if len(views) else [views] * len(some)
-                crops = (crops.split([columns * rows for columns, rows in batch.grids])
-                         if len(crops) else [crops] * len(some))
-                for picture in map(torch.cat, zip(views, crops, strict=True)):     # [1 + P, L, Dv]
-                    file.write(picture.float().cpu().numpy().tobytes())
-                grids += batch.grids
+                new = []
+                for slices in (model.processor.slice(one, None, self.parts) for one in some):
+                    grids.append(slices.grid)
+                    views = [] if slices.global_view is None else [slices.global_view]
+                    for view in [*views, *(() if slices.crops is None else slices.crops)]:
+                        pixels = hashlib.blake2b(view.numpy().tobytes()).digest()
+                        if pixels not in known:
+                            known[pixels] = len(known)
+                            new.append(view)
+                        places.append(known[pixels])
+                if new:
+                    features = model.vision(torch.stack(new).to(model.vision.mean.device))
+                    file.write(features.float().cpu().numpy().tobytes())
         os.replace(temporary, self.path)
-        return np.array(grids)
+        return grids, places
 
     def __len__(self) -> int:
         return len(self.grids)
 
     def __getitem__(self, index: int) -> Slices:
-        start, end = map(int, self.starts[index:index + 2])
-        size = self.shape[0] * self.shape[1]
-        values = np.fromfile(self.path, np.float32, (end - start) * size, offset=4 * start * size)
-        views = torch.from_numpy(values).view(-1, *self.shape)                 # [1 + P, L, Dv]
+        start, end = self.starts[index:index + 2]
+        kept = np.memmap(self.path, np.float32, "r").reshape(self.shape)       # [V, L, Dv]
+        views = torch.from_numpy(kept[self.places[start:end]])                 # [1 + P, L, Dv]
         whole = self.parts != "local"
         return Slices(views[0] if whole else None,
                       views[int(whole):] if self.parts != "global" else None,
