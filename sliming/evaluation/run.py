@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from sliming.chat import IMAGE
+from sliming.chat import IMAGE, without_markers
 from sliming.data import RecordFile, load_sample
 from sliming.distributed import barrier, choose_dtype, is_main, rank_and_world, rank_device, reduce
 from sliming.evaluation import answers
@@ -77,7 +77,7 @@ def to_sample(model: SliME, question: Question, folder: Path) -> Sample:
     """A question, images first, ready for the model. RecordError for a missing or broken image."""
     images = [locate(image, folder, question.id) for image in question.images]
     images = [io.BytesIO(image) if isinstance(image, bytes) else image for image in images]
-    text = f"{IMAGE}\n" * len(images) + question.prompt.replace(IMAGE, "")
+    text = f"{IMAGE}\n" * len(images) + without_markers(question.prompt)
     try:
         return model.processor.prompt([{"from": "human", "value": text}], images)
     except (ValueError, OSError) as error:

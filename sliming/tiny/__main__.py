@@ -1,6 +1,5 @@
 """`python -m sliming.tiny`: a built-in picture to look at, or the stand-ins made anew."""
 
-import argparse
 from pathlib import Path
 
 from sliming.config import SEED, Parser
