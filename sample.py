@@ -16,8 +16,10 @@ import sys
 from pathlib import Path
 
 from sliming.config import COUNT, SEED, Parser, number
+from sliming.guard import one_line
 
 
+@one_line("sample.py", "answers that are in --answers stay")
 def main() -> None:
     flags = read_flags()
     # torch is loaded when the flags are known to be right.
@@ -32,18 +34,14 @@ def main() -> None:
     torch.manual_seed(flags.seed)
     options = {"gamma": flags.gamma, "max_new_tokens": flags.max_new_tokens,
                "temperature": flags.temperature, "top_p": flags.top_p}
-    try:
-        images = [open_image(path) for path in flags.image]
-        model = SliME.from_pretrained(flags.checkpoint or newest(flags.out),
-                                      dtype=choose_dtype(flags.dtype, device)).to(device)
-        model.use_attention(flags.attention)
-        if flags.batch:
-            answer_file(model, flags.batch, flags.images, flags.answers, flags.batch_size,
-                        **options)
-        else:
-            converse(model, images, flags, options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
+    images = [open_image(path) for path in flags.image]
+    model = SliME.from_pretrained(flags.checkpoint or newest(flags.out),
+                                  dtype=choose_dtype(flags.dtype, device)).to(device)
+    model.use_attention(flags.attention)
+    if flags.batch:
+        answer_file(model, flags.batch, flags.images, flags.answers, flags.batch_size, **options)
+    else:
+        converse(model, images, flags, options)
 
 
 def converse(model, images: list, flags: argparse.Namespace, options: dict) -> None:

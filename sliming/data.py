@@ -232,6 +232,7 @@ class Mixture:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    @property
     def fingerprints(self) -> dict[str, str]:
         """What the files are, that a run goes on with the same ones."""
         return {str(file.path): fingerprint(file.path) for file in self.files}

@@ -5,6 +5,7 @@ opened by `open_file`; every file that a program goes on with is held by `only_o
 """
 
 import errno
+import importlib
 import os
 import signal
 import stat
@@ -89,13 +90,12 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def only_one(out: Path) -> Iterator[None]:
-    """Keeps a second process from writing `out`, by OUT.lock beside it; the lock of a process that
-    was killed is void. InputError that names the other one."""
+    """Keeps a second process from writing a folder, by .lock in it, or a file, by FILE.lock beside
+    it; the lock of a process that was killed is void. InputError that names the other one."""
     if not fcntl:
         yield
         return
-    path = out.with_name(out.name + ".lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = out / ".lock" if out.is_dir() else out.with_name(out.name + ".lock")
     with open(path, "a+") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,7 +106,7 @@ def only_one(out: Path) -> Iterator[None]:
         if not free:
             lock.seek(0)
             raise InputError(f"{out}: process {lock.read().strip()} is writing it; wait for it, "
-                             "or give another name")
+                             "or give another --out")
         lock.truncate(0)
         print(os.getpid(), file=lock, flush=True)
         try:
@@ -136,10 +136,23 @@ def one_line(program: str, go_on: str = "") -> Iterator[None]:
         end(program, known, 1)
 
 
+def program(module: str) -> None:
+    """Runs the `main` of a module, whose import may be interrupted, too."""
+    with one_line(module.rpartition(".")[0]):
+        importlib.import_module(module).main()
+
+
+def deaf(worker: int = 0) -> None:
+    """For the processes that work for another one, which alone answers to signals."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def end(program: str, message: str, code: int) -> None:
     """Prints the one line and ends the program."""
     rank = os.environ.get("RANK", "0")
-    print(f"{program}: {'' if rank == '0' else f'rank {rank}: '}{plain(message)}", file=sys.stderr,
+    message = plain(" ".join(message.split()))
+    print(f"{program}: {'' if rank == '0' else f'rank {rank}: '}{message}", file=sys.stderr,
           flush=True)
     sys.exit(code)
 
@@ -155,21 +168,20 @@ def of_the_machine(error: RuntimeError) -> str:
 
 
 class Signals:
-    """While it is entered, SIGTERM (a scheduler's) and the first Ctrl-C are kept in mind, in
-    `name`; the second one counts at once."""
+    """From now on SIGTERM (a scheduler's) and the first Ctrl-C are kept in mind, in `came`, until
+    a step is done; the second one counts at once. `end` gives them back."""
 
-    def __enter__(self) -> "Signals":
-        self.name, self.before = "", {}
+    def __init__(self):
+        self.came, self.before = False, {}
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self.keep)
                            for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
 
     def keep(self, number: int, frame: object) -> None:
-        if self.name:
+        if self.came:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        self.came = True
 
-    def __exit__(self, *error: object) -> None:
+    def end(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
