@@ -19,7 +19,7 @@ from sliming.config import COUNT, SEED, Parser, number
 from sliming.guard import one_line
 
 
-@one_line("sample.py", "answers that are in --answers stay")
+@one_line("sample.py")
 def main() -> None:
     flags = read_flags()
     # torch is loaded when the flags are known to be right.

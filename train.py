@@ -18,7 +18,7 @@ from sliming.config import STAGES, TrainConfig
 from sliming.guard import one_line, only_one
 
 
-@one_line("train.py", "the same command goes on from the last state")
+@one_line("train.py", resumes=True)
 def main() -> None:
     config = TrainConfig.from_flags(__doc__)
     wanted = list(STAGES) if config.stage == "all" else [int(config.stage)]

@@ -7,6 +7,8 @@ opened by `open_file`; every file that a program goes on with is held by `only_o
 import errno
 import importlib
 import os
+import re
+import shlex
 import signal
 import stat
 import sys
@@ -33,7 +35,7 @@ class InputError(ValueError):
 
 
 class Stopped(Exception):
-    """The program was asked to end, and has kept what it did; the message says how to go on."""
+    """The program was asked to end, and has kept what it did."""
 
 
 def plain(text: str) -> str:
@@ -119,15 +121,16 @@ def only_one(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def one_line(program: str, go_on: str = "") -> Iterator[None]:
+def one_line(program: str, resumes: bool = False) -> Iterator[None]:
     """Around (or, as a decorator, on) a program's `main`: whatever is wrong with what it was given
-    ends it with one line, and so does Ctrl-C. `go_on`: how to, after that."""
+    ends it with one line, and so does Ctrl-C; with what to type to go on, where it `resumes`."""
     try:
         yield
-    except Stopped as stop:
-        end(program, str(stop), 128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        end(program, f"stopped{go_on and '; ' + go_on}", 128 + signal.SIGINT)
+    except (Stopped, KeyboardInterrupt) as stop:
+        message, code = str(stop) or "stopped", 128 + signal.SIGINT
+        if os.environ.get("RANK", "0") != "0":  # all ranks stop, one says so
+            sys.exit(code)
+        end(program, f"{message}; to go on: {same_command()}" if resumes else message, code)
     except (ValueError, OSError, ArithmeticError) as error:
         end(program, str(error) or type(error).__name__, 1)
     except RuntimeError as error:
@@ -146,6 +149,12 @@ def deaf(worker: int = 0) -> None:
     """For the processes that work for another one, which alone answers to signals."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def same_command() -> str:
+    """What to type to go on with what was interrupted."""
+    start = "torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+    return f"{start} {re.sub(' --resume[= ]never', '', shlex.join(sys.argv))}"
 
 
 def end(program: str, message: str, code: int) -> None:

@@ -239,7 +239,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-@one_line("sliming.evaluation", "the same command goes on from here")
+@one_line("sliming.evaluation", resumes=True)
 def main() -> None:
     arguments = parse_arguments()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not arguments.score_only:

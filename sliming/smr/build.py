@@ -297,7 +297,7 @@ def run(args: argparse.Namespace) -> None:
                           "delete it and build again")
 
 
-@one_line("sliming.smr", "the same command goes on from here")
+@one_line("sliming.smr", resumes=True)
 def main() -> None:
     try:
         run(arguments())
