@@ -9,7 +9,10 @@ import math
 import re
 import sys
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import NoReturn
+
+from sliming.guard import plain
 
 # ---------------------------------------------------------------------------------------- the model
 
@@ -46,6 +49,34 @@ class SliMEConfig:
     template: str = "chat"           # of chat.TEMPLATES, for answering
     vision_config: dict = field(default_factory=dict)  # of the backbones, as transformers has them
     llm_config: dict = field(default_factory=dict)
+
+    def check(self) -> None:
+        """ValueError, which names the field, for a setting of another kind or out of its range."""
+        for name, kinds, low, high in (
+                ("vision_layer", int, -1000, -1), ("num_queries", int, 1, 10_000),
+                ("gamma", float, 1e-6, 1), ("router_noise", float, 0, 100),
+                ("router_temperature", float, 1e-6, 1e6), ("gate_epsilon", float, 0, 1),
+                ("expert", None, 0, 1), ("max_side", int, 1, 100), ("max_crops", None, 1, 10_000),
+                ("separator_id", None, 0, 2**31)):
+            value = getattr(self, name)
+            right = isinstance(value, (int, float) if kinds is float else int) and (
+                low <= value <= high) and not isinstance(value, bool)
+            if not right and not (kinds is None and value is None):
+                raise ValueError(f"{name} must be {'a' if kinds is float else 'a whole'} number of "
+                                 f"{low} to {high}, not {value!r}")
+        for name, known in (
+                ("router_score", ("mean", "sum")), ("router_text", ("question", "all")),
+                ("gate_noise", ("w_noise", "w_gate")), ("slicing", ("paper", "official")),
+                ("global_view", ("pad", "squash")),
+                ("template", ("plain", "chat", "vicuna_v1", "llama3"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)}, not "
+                                 f"{getattr(self, name)!r}")
+        for name, kind in (("vision", str), ("llm", str), ("separator", str),
+                           ("vision_config", dict), ("llm_config", dict),
+                           ("look_nearby", dict | None)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must not be {type(getattr(self, name)).__name__}")
 
 
 # --------------------------------------------------------------------------------------- the stages
@@ -164,7 +195,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
     return read
 
 
-COUNT, NATURAL = number(int, 1), number(int, 0)
+COUNT, NATURAL = number(int, 1, 2**31), number(int, 0, 2**31)
+BATCH, WORKERS = number(int, 1, 2**20), number(int, 0, 1024)
 SEED, RATE = number(int, 0, 2**32 - 1), number(float, 0, 10)
 
 
@@ -198,7 +230,7 @@ class TrainConfig:
     seed: int = flag("of initialisation, order, noise and the built-in pictures", 0, SEED)
     workers: int | None = flag("processes per rank that read and slice images, 0: the training "
                                "process itself; by default 4 where there is a GPU, else 0", None,
-                               NATURAL)
+                               WORKERS)
     strict_data: bool = flag("stop at a bad record instead of skipping and counting it", False)
     eval_questions: int = flag("held-out questions of each family after each stage of the tiny "
                                "preset; 0: none", 512, NATURAL)
@@ -211,7 +243,7 @@ class TrainConfig:
     tensorboard: bool = flag("also write TensorBoard's files (pip install tensorboard)", False)
 
     max_steps: int | None = flag("optimizer steps per stage", None, COUNT)
-    batch_size: int | None = flag("records per step over all ranks together", None, COUNT)
+    batch_size: int | None = flag("records per step over all ranks together", None, BATCH)
     micro_batch: int | None = flag("records at a time on one rank; the rest is accumulated", None,
                                    COUNT)
     learning_rate: float | None = flag("peak, of adapter and compression", None, RATE)
@@ -264,6 +296,11 @@ class TrainConfig:
             parser.error("--pool is of whole built-in pictures: leave --data and --max-tokens away")
         if config.stage == "all" and config.init_from:
             parser.error("--init-from says where one stage starts: name the stage with --stage")
+        # A checkpoint brings its backbones; the released stage files do not.
+        adapters = config.init_from and (Path(config.init_from) / "mm_projector.bin").exists()
+        if config.init_from and not adapters and (config.vision or config.llm):
+            parser.error("--init-from brings vision tower and language model: leave --vision and "
+                         "--llm away")
         return config
 
 
@@ -278,4 +315,5 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
+        name = self.prog.removeprefix("python -m ")
+        self.exit(2, f"{name}: {plain(message)}; --help lists the flags\n")

@@ -34,6 +34,10 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+class Interrupted(BaseException):
+    """Nobody's business but the test's."""
+
+
 @contextmanager
 def stop_after(step, here):
     """Stops the training, `here`, when the state of `step` steps has been saved: an interruption at a known moment."""
@@ -44,12 +48,12 @@ def stop_after(step, here):
         save(self, done, skipped)
         if here and done == int(step):
             self.settle()
-            raise KeyboardInterrupt
+            raise Interrupted
 
     States.save = stopping if step else save
     try:
         yield
-    except KeyboardInterrupt:
+    except Interrupted:
         pass
     finally:
         States.save = save

@@ -9,16 +9,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, GenerationConfig
+from transformers import AutoConfig, CLIPVisionConfig, GenerationConfig
 
 from sliming.backbones import TINY, VisionTower
 from sliming.checkpoints.files import (
     Checkpoint,
     CheckpointError,
     Tensors,
+    checked,
     download,
     fill,
+    read_tokenizer,
     read_weights,
+    reading,
 )
 from sliming.config import SliMEConfig
 from sliming.distributed import materialise
@@ -28,11 +31,13 @@ def read(config: SliMEConfig) -> Checkpoint:
     """The two backbones of a new model; what lies between them is not in the stream. The tower is
     cut to the layer that is used. CheckpointError, OSError for what cannot be had."""
     tower, words = place(config.vision, "vision"), place(config.llm, "llm")
-    vision = cut(CLIPVisionConfig.from_pretrained(tower), config.vision_layer)
-    llm = AutoConfig.from_pretrained(words, trust_remote_code=False)
-    if (words / "generation_config.json").is_file():  # it may name more tokens that end an answer
-        llm.eos_token_id = GenerationConfig.from_pretrained(words).eos_token_id
-    tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
+    with reading(tower / "config.json"):
+        vision = cut(CLIPVisionConfig.from_pretrained(tower), config.vision_layer)
+    with reading(words / "config.json"):
+        llm = AutoConfig.from_pretrained(words, trust_remote_code=False)
+        if (words / "generation_config.json").is_file():  # it may name more ends of an answer
+            llm.eos_token_id = GenerationConfig.from_pretrained(words).eos_token_id
+    tokenizer = read_tokenizer(words)
     config = replace(config, vision_layer=-1, vision_config=json.loads(vision.to_json_string()),
                      llm_config=json.loads(llm.to_json_string()))
 
@@ -50,7 +55,7 @@ def place(name: str, tiny: str) -> Path:
     """The folder of a backbone."""
     if name == "tiny":
         return TINY / tiny
-    return Path(name) if Path(name).is_dir() else download(name)
+    return checked(Path(name) if Path(name).is_dir() else download(name))
 
 
 def cut(config: CLIPVisionConfig, layer: int) -> CLIPVisionConfig:

@@ -22,22 +22,26 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig
 
 from sliming.checkpoints import files, pretrained
 from sliming.checkpoints.files import (
     Checkpoint,
     CheckpointError,
     Tensors,
+    checked,
     download,
     fill,
     read_file,
     read_json,
+    read_tokenizer,
     read_weights,
+    reading,
     with_lora,
 )
 from sliming.config import SliMEConfig
 from sliming.qformer import sincos_2d
+from sliming.records import inside
 
 # Released name -> ours; a name that ends in a dot stands for everything below it.
 NAMES = {
@@ -118,7 +122,9 @@ def read_any(folder: Path) -> Checkpoint:
 def read(folder: Path) -> Checkpoint:
     """A released checkpoint. CheckpointError, with the released name or field, for what is none."""
     raw = read_json(folder / "config.json")
-    config = SliMEConfig(**raw["sliming"]) if "sliming" in raw else settings(raw, folder)
+    with reading(folder / "config.json"):
+        config = SliMEConfig(**raw["sliming"]) if "sliming" in raw else settings(raw, folder)
+        config.check()
     words, tensors = folder, None
     if (folder / "adapter_config.json").is_file():
         adapter = read_json(folder / "adapter_config.json")
@@ -129,7 +135,7 @@ def read(folder: Path) -> Checkpoint:
     tokenizer = None  # without tokenizer files the model takes and gives token ids
     for place in (folder, words):
         if (place / "tokenizer_config.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(place)
+            tokenizer = read_tokenizer(place)
             break
     return Checkpoint(folder, config, tokenizer, completed(folder, config, tensors), released_names)
 
@@ -207,13 +213,12 @@ def base_folder(folder: Path, name: str | None) -> Path:
     if not name:
         raise CheckpointError(f"{folder} holds LoRA adapters and adapter_config.json names no base model: add its "
                               "base_model_name_or_path")
-    if Path(name).is_dir():
-        return Path(name)
     try:
-        return download(name)
+        base = Path(name) if Path(name).is_dir() else download(name)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} holds LoRA adapters for {name}, which is neither a folder nor to be had from the "
                               "hub: download it and set base_model_name_or_path in adapter_config.json") from error
+    return checked(base)
 
 
 def fill_stage_files(model: nn.Module, folder: Path) -> None:
@@ -282,7 +287,7 @@ def export(model: nn.Module, folder: Path) -> None:
               "image_aspect_ratio": "anyres", "seperator": model.processor.separator_id, "tokenizer_padding_side": "right",
               "tokenizer_model_max_length": 2048, "use_mm_proj": True, "use_global_only": False, "use_local_only": False,
               "rope_theta": llm["rope_parameters"]["rope_theta"], "sliming": asdict(c)}
-    (folder / tower).mkdir(parents=True, exist_ok=True)
+    inside(folder, tower).mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(weights, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / tower / "config.json").write_text(json.dumps({**c.vision_config, "model_type": "clip_vision_model"}, indent=2)
