@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from sliming import backbones
 from sliming.backbones import TINY, PackedCache, Segments, packed_attention, without_cudnn
-from sliming.checkpoints import released
+from sliming.checkpoints import pretrained, released
 from sliming.checkpoints.states import States
-from sliming.config import PRESETS, TrainConfig
+from sliming.config import PRESETS, Recipe, TrainConfig
 from sliming.inputs import Batch
 from sliming.model import SliME
 from sliming.tiny.held_out import held_out
-from sliming.trainer import prepare
+from sliming.trainer import prepare, set_up
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 
@@ -31,14 +31,21 @@ def buffers(model):
     return {name: (buffer.dtype, buffer.double().sum().item()) for name, buffer in model.named_buffers()}
 
 
+def begun(**flags):
+    """The model of stage III in bfloat16 as training begins with it: built without weights, divided, filled."""
+    config = TrainConfig(bf16=True, **flags)
+    found = pretrained.read(PRESETS["tiny"].model)
+    model = SliME.build(found, BF16, float32=("adapter", "compression"))
+    prepare(model, config, 3, CPU)
+    model.fill(found, CPU, offload=config.shard == "offload")
+    return model
+
+
 def sharded(rank, file, results):
-    """One of two ranks: what a stage in bfloat16 makes of the buffers, parameters divided or kept on the CPU."""
+    """One of two ranks: the buffers where parameters are divided or kept on the CPU."""
     dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
     for mode in ("params", "offload"):
-        torch.manual_seed(0)
-        model = SliME.from_backbones(PRESETS["tiny"].model, BF16)
-        prepare(model, TrainConfig(bf16=True, shard=mode), 3, CPU)
-        results.put(buffers(model))
+        results.put(buffers(begun(shard=mode)))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -57,8 +64,7 @@ def test_buffers_keep_their_precision(model, tmp_path, door):
             process.join(100)
     elif door == "lora":
         pytest.importorskip("peft")
-        new = SliME.from_backbones(PRESETS["tiny"].model, BF16)
-        prepare(new, TrainConfig(bf16=True, lora=True), 3, CPU)
+        new = begun(lora=True)
         assert new.llm.dtype == BF16 and any(".lora_" in name for name, _ in new.named_parameters())
         found = [buffers(new)]
     elif door == "from_backbones":
@@ -315,7 +321,7 @@ def test_layers_compile_once(monkeypatch, recompute):
         q.contiguous(), k.contiguous(), v.contiguous(), bounds, scale))
     monkeypatch.setattr(backbones, "attend_in_turn", backbones.attend_at_once)  # in float32, to compare
     torch._dynamo.reset()
-    llms, graphs = [backbones.load_llm("tiny")[0].train() for _ in range(2)], []
+    llms, graphs = [SliME.from_backbones(PRESETS["tiny"].model).llm.train() for _ in range(2)], []
     counters = torch._dynamo.utils.counters
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **options: compile(layer, backend="aot_eager", **options))
@@ -341,15 +347,26 @@ def test_layers_compile_once(monkeypatch, recompute):
 
 def test_what_a_gpu_gets_by_default(model, monkeypatch, tmp_path):
     """AdamW in one loop, on a GPU or where it stays on the CPU; four readers; no compiling where it would never end."""
-    monkeypatch.setattr("sliming.distributed.place", lambda *_: None)
+    class Stop(Exception):
+        pass
+
+    def stop(groups, fused, **_):
+        raise Stop(fused)
+
+    monkeypatch.setattr("torch.optim.AdamW", stop)
+    monkeypatch.setattr(SliME, "fill", lambda *_, **__: None)
+    monkeypatch.setattr("sliming.trainer.training_set", lambda *_: range(100))
+    monkeypatch.setattr("sliming.trainer.prepare", lambda model, *_: model)
+    monkeypatch.setattr(Recipe, "check", lambda *_: None)
     for flags, device, fused in (({}, "cpu", False), ({}, "cuda", True), ({"shard": "offload"}, "cpu", True)):
-        groups = prepare(model, TrainConfig(**flags), 3, torch.device(device))
-        assert [group["fused"] for group in groups] == [fused] * 3
-        assert torch.optim.AdamW(groups).param_groups[0]["fused"] == fused
+        with pytest.raises(Stop) as stopped:
+            set_up(TrainConfig(out=str(tmp_path), **flags), 1, torch.device(device))
+        assert bool(stopped.value.args[0]) == fused, (flags, device)
+    monkeypatch.undo()
     meta = torch.nn.Linear(2, 2, device="meta")  # a state read before the first step: AdamW's own layout
     optimizer = torch.optim.AdamW([{"params": [*meta.parameters()], "fused": True}])
     states = States(tmp_path, meta, optimizer, {}, 1).tensors()
-    assert {state["step"].device.type for state in states.values()} == {"meta"}
+    assert {tensor.device.type for name, tensor in states.items() if name.endswith("/step")} == {"meta"}
     assert [TrainConfig(workers=w).readers(d) for w, d in ((None, "cuda"), (None, "cpu"), (0, "cuda"), (3, "cpu"))] == [4, 0, 0, 3]
     with pytest.raises(ValueError, match="--compile needs --bf16 and a GPU"):
         prepare(model, TrainConfig(compile=True, bf16=True), 3, CPU)
