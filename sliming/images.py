@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sliming.guard import open_file
 
@@ -51,6 +51,8 @@ def open_image(source: ImageSource) -> Image.Image:
                                 "folder") from error
     except Exception as error:  # there is no end to what Pillow's decoders raise on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no image of a known format"
         raise ValueError(f"{name}: unreadable image ({reason}); replace it or drop its "
                          "record") from error
 
