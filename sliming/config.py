@@ -192,6 +192,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
             most = f" and at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"must be {what} {least}{most}, not {text!r}")
         return value
+
+    read.range = kind, low, high, above
     return read
 
 
