@@ -1,5 +1,4 @@
-"""Every setting: what a model is, what a stage shows and trains, how it learns, the flags of
-train.py.
+"""Every setting: what a model is, what a stage trains, how it learns, the flags of train.py.
 
 Nothing here needs torch, so that a wrong flag is named at once.
 """
@@ -21,8 +20,7 @@ from sliming.guard import plain
 class SliMEConfig:
     """Everything that a checkpoint needs to be built again. Defaults are the paper's.
 
-    Where the released code departs from the paper a field chooses, and
-    checkpoints/released.py sets it for released checkpoints.
+    Where the released code departs from the paper a field chooses; checkpoints/released sets it.
     """
 
     # Where the backbones came from: "tiny", a folder or a hub id.
@@ -121,7 +119,7 @@ class Recipe:
     pool: int = 0                    # built-in pictures, read by the tower once; 0: always new ones
 
     def check(self, world: int, joined: bool) -> None:
-        """ValueError where the recipe does not fit `world` processes, `joined` by torchrun or not."""
+        """ValueError where the recipe does not fit `world` processes (`joined`: by torchrun)."""
         if self.batch_size % world:
             fits = self.batch_size // world * world or world
             raise ValueError(f"a global batch of {self.batch_size} records cannot be shared evenly "
@@ -192,6 +190,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
             most = f" and at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"must be {what} {least}{most}, not {text!r}")
         return value
+
+    read.range = kind, low, high, above
     return read
 
 
@@ -206,8 +206,7 @@ def flag(text: str, default=None, read=str, choices: tuple | None = None):
 
 @dataclass
 class TrainConfig:
-    """The flags of train.py. The last group takes the preset's value for the stage where not
-    given."""
+    """The flags of train.py. One of the last group that is not given has the preset's value."""
 
     stage: str = flag("which stage(s) to run", "all", choices=("1", "2", "3", "all"))
     preset: str = flag("model and hyperparameters", "tiny", choices=tuple(PRESETS))

@@ -31,7 +31,7 @@ class InputError(ValueError):
     """Something handed over that cannot be used; the message is one line of plain text."""
 
     def __init__(self, message: str):
-        super().__init__(plain(message))
+        super().__init__(short(plain(message)))
 
 
 class Stopped(Exception):
@@ -43,6 +43,11 @@ def plain(text: str) -> str:
     of writing and half characters appear as escapes, \\x1b."""
     return "".join(letter if unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
                    else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def short(text: str) -> str:
+    """A long text without its middle."""
+    return text if len(text) <= 700 else f"{text[:400]} ... {text[-250:]}"
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -146,9 +151,17 @@ def program(module: str) -> None:
 
 
 def deaf(worker: int = 0) -> None:
-    """For the processes that work for another one, which alone answers to signals."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """For a process that works for another one: Ctrl-C, and SIGTERM to all of a job's processes,
+    are that one's to answer, and the worker ends when its parent says so."""
+    def obey(parent: int = os.getppid()) -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+            pass
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=obey, daemon=True).start()
 
 
 def same_command() -> str:
@@ -160,7 +173,7 @@ def same_command() -> str:
 def end(program: str, message: str, code: int) -> None:
     """Prints the one line and ends the program."""
     rank = os.environ.get("RANK", "0")
-    message = plain(" ".join(message.split()))
+    message = short(plain(" ".join(message.split())))
     print(f"{program}: {'' if rank == '0' else f'rank {rank}: '}{message}", file=sys.stderr,
           flush=True)
     sys.exit(code)

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from sliming.guard import open_file
@@ -70,6 +70,8 @@ def open_image(source: ImageSource,
                                 "folder") from error
     except Exception as error:  # there is no end to what Pillow's decoders raise on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no image of a known format"
         raise ValueError(f"{name}: unreadable image ({reason}); replace it or drop its "
                          "record") from error
 

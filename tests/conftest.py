@@ -14,6 +14,10 @@ from sliming.model import SliME
 from sliming.config import PRESETS
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=300, help="images and records that test_fuzz.py makes, each (300)")
+
+
 @pytest.fixture
 def model() -> SliME:
     """The tiny preset before training (new adapter and compression, seeded), with gates that are not all equal."""

@@ -474,7 +474,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path, monkeypatch, capsys):
 
 
 @posix
-@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
+@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
 def test_a_signal_ends_with_a_state_and_what_to_type(tmp_path, number, workers):
     command = [sys.executable, str(ROOT / "train.py"), "--stage", "1", "--max-steps", "300", "--batch-size", "2",
                "--resume", "never", "--eval-questions", "0", "--workers", str(workers)]
