@@ -18,8 +18,10 @@ import sys
 from pathlib import Path
 
 from sliming.config import COUNT, SEED, Parser, number
+from sliming.guard import one_line
 
 
+@one_line("sample.py")
 def main() -> None:
     flags = read_flags()
     # torch is loaded when the flags are known to be right. To look for garbage among its thousands
@@ -31,23 +33,18 @@ def main() -> None:
     from sliming.distributed import choose_dtype, rank_device
     from sliming.generate import answer_file
     from sliming.model import SliME
-    gc.freeze()
     gc.enable()
     device = rank_device()
     torch.manual_seed(flags.seed)
     options = {"gamma": flags.gamma, "max_new_tokens": flags.max_new_tokens,
                "temperature": flags.temperature, "top_p": flags.top_p}
-    try:
-        model = SliME.from_pretrained(flags.checkpoint or newest(flags.out),
-                                      dtype=choose_dtype(flags.dtype, device)).to(device)
-        model.use_attention(flags.attention)
-        if flags.batch:
-            answer_file(model, flags.batch, flags.images, flags.answers, flags.batch_size,
-                        **options)
-        else:
-            converse(model, flags, options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
+    model = SliME.from_pretrained(flags.checkpoint or newest(flags.out),
+                                  dtype=choose_dtype(flags.dtype, device)).to(device)
+    model.use_attention(flags.attention)
+    if flags.batch:
+        answer_file(model, flags.batch, flags.images, flags.answers, flags.batch_size, **options)
+    else:
+        converse(model, flags, options)
 
 
 def converse(model, flags: argparse.Namespace, options: dict) -> None:

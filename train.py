@@ -12,12 +12,14 @@ that was interrupted goes on from its last state when the same command is given 
 import json
 import os
 import shutil
-import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from sliming.config import STAGES, TrainConfig
+from sliming.guard import one_line, only_one
 
 
+@one_line("train.py", resumes=True)
 def main() -> None:
     config = TrainConfig.from_flags(__doc__)
     wanted = list(STAGES) if config.stage == "all" else [int(config.stage)]
@@ -25,30 +27,22 @@ def main() -> None:
     # torch is loaded when the flags are known to be right.
     import torch.distributed as dist
 
+    from sliming.checkpoints.states import discard, left_to_do
     from sliming.distributed import is_main, rank_device, start
     from sliming.trainer import train_stage
-    device = rank_device()
+    device, folder = rank_device(), Path(config.out)
     sharded = any(config.recipe(stage).shard != "none" for stage in wanted)
     if "WORLD_SIZE" in os.environ and (int(os.environ["WORLD_SIZE"]) > 1 or sharded):
         start(device)  # by torchrun
-
-    stages, folder = wanted, Path(config.out)
-    if config.resume == "auto":  # an interrupted run of all stages goes on with the one it was in
-        begun = [stage for stage in wanted if list(folder.glob(f"stage{stage}/resume/step-*"))]
-        stages = wanted[wanted.index(begun[-1]):] if begun else wanted
-    try:
-        for stage in stages:
+    with only_one(folder) if is_main() else nullcontext():
+        for stage in left_to_do(folder, wanted, config.resume):
             train_stage(config, stage, device)
             if is_main() and config.eval_questions and config.preset == "tiny":
                 evaluate(folder / f"stage{stage}", stage, config.eval_questions, device)
-        if is_main():  # all is done: nothing to go on from, no picture to come back to
-            for name in ("features", *(f"stage{stage}/resume" for stage in wanted)):
-                shutil.rmtree(folder / name, ignore_errors=True)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        discard(folder, wanted)  # all is done: nothing to go on from, no picture to come back to
+        shutil.rmtree(folder / "features", ignore_errors=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def evaluate(folder: Path, stage: int, questions: int, device) -> None:

@@ -185,9 +185,12 @@ def tokenise(pieces: list[Piece], previous: int | None,
 
 def without_markers(text: str) -> str:
     """The text without image markers, and without those that only appear as others go."""
-    while IMAGE in text:
-        text = text.replace(IMAGE, "")
-    return text
+    kept: list[str] = []
+    for letter in text:
+        kept.append(letter)
+        if letter == IMAGE[-1] and "".join(kept[-len(IMAGE):]) == IMAGE:
+            del kept[-len(IMAGE):]
+    return "".join(kept)
 
 
 def end_token(template: str, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,5 +1,4 @@
-"""Every setting: what a model is, what a stage shows and trains, how it learns, the flags of
-train.py.
+"""Every setting: what a model is, what a stage trains, how it learns, the flags of train.py.
 
 Nothing here needs torch, so that a wrong flag is named at once.
 """
@@ -9,7 +8,10 @@ import math
 import re
 import sys
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import NoReturn
+
+from sliming.guard import plain
 
 # ---------------------------------------------------------------------------------------- the model
 
@@ -18,8 +20,7 @@ from typing import NoReturn
 class SliMEConfig:
     """Everything that a checkpoint needs to be built again. Defaults are the paper's.
 
-    Where the released code departs from the paper a field chooses, and
-    checkpoints/released.py sets it for released checkpoints.
+    Where the released code departs from the paper a field chooses; checkpoints/released sets it.
     """
 
     # Where the backbones came from: "tiny", a folder or a hub id.
@@ -46,6 +47,34 @@ class SliMEConfig:
     template: str = "chat"           # of chat.TEMPLATES, for answering
     vision_config: dict = field(default_factory=dict)  # of the backbones, as transformers has them
     llm_config: dict = field(default_factory=dict)
+
+    def check(self) -> None:
+        """ValueError, which names the field, for a setting of another kind or out of its range."""
+        for name, kinds, low, high in (
+                ("vision_layer", int, -1000, -1), ("num_queries", int, 1, 10_000),
+                ("gamma", float, 1e-6, 1), ("router_noise", float, 0, 100),
+                ("router_temperature", float, 1e-6, 1e6), ("gate_epsilon", float, 0, 1),
+                ("expert", None, 0, 1), ("max_side", int, 1, 100), ("max_crops", None, 1, 10_000),
+                ("separator_id", None, 0, 2**31)):
+            value = getattr(self, name)
+            right = isinstance(value, (int, float) if kinds is float else int) and (
+                low <= value <= high) and not isinstance(value, bool)
+            if not right and not (kinds is None and value is None):
+                raise ValueError(f"{name} must be {'a' if kinds is float else 'a whole'} number of "
+                                 f"{low} to {high}, not {value!r}")
+        for name, known in (
+                ("router_score", ("mean", "sum")), ("router_text", ("question", "all")),
+                ("gate_noise", ("w_noise", "w_gate")), ("slicing", ("paper", "official")),
+                ("global_view", ("pad", "squash")),
+                ("template", ("plain", "chat", "vicuna_v1", "llama3"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)}, not "
+                                 f"{getattr(self, name)!r}")
+        for name, kind in (("vision", str), ("llm", str), ("separator", str),
+                           ("vision_config", dict), ("llm_config", dict),
+                           ("look_nearby", dict | None)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must not be {type(getattr(self, name)).__name__}")
 
 
 # --------------------------------------------------------------------------------------- the stages
@@ -90,7 +119,7 @@ class Recipe:
     pool: int = 0                    # built-in pictures, read by the tower once; 0: always new ones
 
     def check(self, world: int, joined: bool) -> None:
-        """ValueError where the recipe does not fit `world` processes, `joined` by torchrun or not."""
+        """ValueError where the recipe does not fit `world` processes (`joined`: by torchrun)."""
         if self.batch_size % world:
             fits = self.batch_size // world * world or world
             raise ValueError(f"a global batch of {self.batch_size} records cannot be shared evenly "
@@ -161,10 +190,13 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
             most = f" and at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"must be {what} {least}{most}, not {text!r}")
         return value
+
+    read.range = kind, low, high, above
     return read
 
 
-COUNT, NATURAL = number(int, 1), number(int, 0)
+COUNT, NATURAL = number(int, 1, 2**31), number(int, 0, 2**31)
+BATCH, WORKERS = number(int, 1, 2**20), number(int, 0, 1024)
 SEED, RATE = number(int, 0, 2**32 - 1), number(float, 0, 10)
 
 
@@ -174,8 +206,7 @@ def flag(text: str, default=None, read=str, choices: tuple | None = None):
 
 @dataclass
 class TrainConfig:
-    """The flags of train.py. The last group takes the preset's value for the stage where not
-    given."""
+    """The flags of train.py. One of the last group that is not given has the preset's value."""
 
     stage: str = flag("which stage(s) to run", "all", choices=("1", "2", "3", "all"))
     preset: str = flag("model and hyperparameters", "tiny", choices=tuple(PRESETS))
@@ -196,8 +227,9 @@ class TrainConfig:
     save_every: int = flag("steps between states to resume from", 200, COUNT)
     keep: int = flag("states to keep", 2, COUNT)
     seed: int = flag("of initialisation, order, noise and the built-in pictures", 0, SEED)
-    workers: int | None = flag("processes per rank that read and slice images; 0: the training "
-                               "process itself; None: 4 where there is a GPU, else 0", None, NATURAL)
+    workers: int | None = flag("processes per rank that read and slice images, 0: the training "
+                               "process itself; by default 4 where there is a GPU, else 0", None,
+                               WORKERS)
     strict_data: bool = flag("stop at a bad record instead of skipping and counting it", False)
     eval_questions: int = flag("held-out questions of each family after each stage of the tiny "
                                "preset; 0: none", 512, NATURAL)
@@ -210,7 +242,7 @@ class TrainConfig:
     tensorboard: bool = flag("also write TensorBoard's files (pip install tensorboard)", False)
 
     max_steps: int | None = flag("optimizer steps per stage", None, COUNT)
-    batch_size: int | None = flag("records per step over all ranks together", None, COUNT)
+    batch_size: int | None = flag("records per step over all ranks together", None, BATCH)
     micro_batch: int | None = flag("records at a time on one rank; the rest is accumulated", None,
                                    COUNT)
     learning_rate: float | None = flag("peak, of adapter and compression", None, RATE)
@@ -263,6 +295,11 @@ class TrainConfig:
             parser.error("--pool is of whole built-in pictures: leave --data and --max-tokens away")
         if config.stage == "all" and config.init_from:
             parser.error("--init-from says where one stage starts: name the stage with --stage")
+        # A checkpoint brings its backbones; the released stage files do not.
+        adapters = config.init_from and (Path(config.init_from) / "mm_projector.bin").exists()
+        if config.init_from and not adapters and (config.vision or config.llm):
+            parser.error("--init-from brings vision tower and language model: leave --vision and "
+                         "--llm away")
         return config
 
 
@@ -277,4 +314,5 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
+        name = self.prog.removeprefix("python -m ")
+        self.exit(2, f"{name}: {plain(message)}; --help lists the flags\n")

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from sliming.chat import IMAGE, encode
 from sliming.config import Recipe
+from sliming.guard import fingerprint, open_file
 from sliming.images import full_size
 from sliming.inputs import Batch, Processor, Sample
 from sliming.records import RecordError, elements, inside, parse
@@ -46,18 +47,22 @@ class RecordFile(Sequence):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            stat = self.path.stat()
-            with open(self.path, "rb") as file:
-                start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+            with open_file(self.path) as file:
+                stat = os.fstat(file.fileno())
+                start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+                while not start and file.tell() < stat.st_size:
+                    start = file.read(1 << 20).lstrip()
         except OSError as error:
             raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
+        if start and not 0x20 <= start[0] < 0x80:
+            raise RecordError(f"{path}: does not begin as JSON in UTF-8 does; is it compressed, or "
+                              "in UTF-16?")
         stamp = np.array([stat.st_size, stat.st_mtime_ns], dtype=np.int64)
         for place in self.places():
-            if place.is_file():
-                index = np.load(place, mmap_mode="r")
-                if np.array_equal(index[0], stamp):
-                    self.index = index[1:]
-                    return
+            if (index := read_index(place, stamp)) is not None:
+                self.index = index
+                return
+        start = start[:1]
         offsets = offsets_in_list(self.path) if start == b"[" else offsets_of_lines(self.path)
         # A flat stream: 16 bytes per record, and no Python list of millions of pairs.
         flat = np.fromiter((byte for pair in offsets for byte in pair), dtype=np.int64)
@@ -70,20 +75,31 @@ class RecordFile(Sequence):
     def places(self) -> list[Path]:
         """Where the index may lie: beside the file, or in the user's cache."""
         name = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:24]
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sliming"
+        cache = Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))) / "sliming"
         return [self.path.with_name(self.path.name + ".index.npy"), cache / f"{name}.index.npy"]
 
     def keep(self, stamp: np.ndarray) -> None:
-        """Writes the index, and maps it into memory from there."""
-        beside, cache = self.places()
-        place = beside if os.access(beside.parent, os.W_OK) else cache
-        place.parent.mkdir(parents=True, exist_ok=True)
-        # Ranks and runs, of other machines too, may build it at the same time: each its own file.
-        handle, temporary = tempfile.mkstemp(".npy", f".{place.name}.", place.parent)
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, np.concatenate([stamp[None], self.index]))
-        os.replace(temporary, place)
-        self.index = np.load(place, mmap_mode="r")[1:]
+        """Writes the index, and maps it into memory from there. Where no place takes it, it stays
+        in memory."""
+        for place in self.places():
+            temporary = None
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                # Ranks and runs, of other machines too, may build it at the same time: each its
+                # own file.
+                handle, temporary = tempfile.mkstemp(".npy", f".{place.name}.", place.parent)
+                with os.fdopen(handle, "wb") as file:
+                    np.save(file, np.concatenate([stamp[None], self.index]))
+                os.replace(temporary, place)
+                self.index = read_index(place, stamp)
+                return
+            except OSError:  # read-only, or full
+                if temporary:
+                    Path(temporary).unlink(missing_ok=True)
+
+    def __reduce__(self) -> tuple:
+        """A worker that is handed the file opens it anew: the index is not copied."""
+        return RecordFile, (self.path,)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -95,7 +111,7 @@ class RecordFile(Sequence):
 
     def __getitem__(self, index: int) -> dict:
         start, stop = map(int, self.index[index])
-        with open(self.path, "rb") as file:
+        with open_file(self.path) as file:
             file.seek(start)
             text = file.read(stop - start)
             try:
@@ -107,6 +123,19 @@ class RecordFile(Sequence):
         return parse(text, self.path, line)
 
 
+def read_index(place: Path, stamp: np.ndarray) -> np.ndarray | None:
+    """The index of a file of that size and time, mapped into memory; None where there is none, or
+    it is damaged."""
+    try:
+        with open_file(place):
+            index = np.load(place, mmap_mode="r", allow_pickle=False)
+        start, stop = index[1:].T
+        whole = index.dtype == np.int64 and np.array_equal(index[0], stamp)
+        return index[1:] if whole and (start < stop).all() and (stop <= stamp[0]).all() else None
+    except Exception:  # there is no end to what can be wrong with it, and it is made anew
+        return None
+
+
 def offsets_in_list(path: Path) -> Iterator[tuple[int, int]]:
     """Start and end byte of every element of a JSON list."""
     return ((element.start, element.end) for element in elements(path))
@@ -114,7 +143,7 @@ def offsets_in_list(path: Path) -> Iterator[tuple[int, int]]:
 
 def offsets_of_lines(path: Path) -> Iterator[tuple[int, int]]:
     """Start and end byte of every line of a JSONL file that is not blank."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         start = 0
         for line in file:
             if line.strip():
@@ -156,9 +185,10 @@ def load_sample(record: dict, folder: Path | None, template: str, processor: Pro
                 parts: str = "both", max_tokens: int | None = None) -> Sample:
     """Reads, slices and tokenises one record. Image paths are relative to `folder` and stay in it.
 
-    A sample of more than `max_tokens` tokens loses crops, never words: the bound on an image's
-    crops falls until it fits. RecordError for a malformed record, for a missing, broken or
-    misplaced image, and for a sample that is too long with one crop per image.
+    A sample of more than `max_tokens` tokens, or than the language model can read, loses crops,
+    never words: the bound on an image's crops falls until it fits. RecordError for a malformed
+    record, for a missing, broken or misplaced image, and for a sample that is too long with one
+    crop per image.
     """
     turns, images = check_record(record)
     name = f"record {record.get('id', '(no id)')}"
@@ -171,11 +201,14 @@ def load_sample(record: dict, folder: Path | None, template: str, processor: Pro
         # Pictures that the tower has read already come as they are.
         opened = [image if isinstance(image, Slices) else processor.open(image)
                   for image in images]
-    except (ValueError, OSError) as error:
+        text = encode(turns, template, processor.tokenizer)
+    except (ValueError, OSError, TypeError) as error:  # the last for half a surrogate pair
         raise RecordError(f"{name}: {error}") from error
-    text, limit = encode(turns, template, processor.tokenizer), processor.config.max_crops
+    limit = processor.config.max_crops
+    max_tokens = min(filter(None, (max_tokens, processor.context)), default=None)
     while max_tokens is not None:
-        grids = [processor.grid(*full_size(image), limit) for image in opened]
+        grids = [image.grid if isinstance(image, Slices) else
+                 processor.grid(*full_size(image), limit) for image in opened]
         length = processor.token_count(text, grids, parts)
         if length <= max_tokens:
             break
@@ -207,6 +240,11 @@ class Mixture:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What the files are, that a run goes on with the same ones."""
+        return {str(file.path): fingerprint(file.path) for file in self.files}
 
     def where(self, place: int) -> tuple[RecordFile, int]:
         """File and index in it of the record at a place."""
@@ -282,7 +320,6 @@ class Steps(Dataset):
     first: int = 0            # steps before it are done
     rank: int = 0
     world: int = 1
-    strict: bool = False      # raise RecordError instead of skipping
     noise: tuple[int, ...] = (0,)     # what training noise is drawn from, besides the place
 
     def __len__(self) -> int:
@@ -310,8 +347,6 @@ class Steps(Dataset):
                 sample = load_sample(record, self.folder, self.template, self.processor,
                                      parts=self.parts, max_tokens=self.recipe.max_tokens)
             except RecordError as error:
-                if self.strict:
-                    raise
                 share.skipped.append(str(error))
                 continue
             grids = [image.grid for image in sample.images]

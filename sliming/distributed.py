@@ -136,6 +136,15 @@ def rows_of(tensor: Tensor) -> list[int]:
     return [max(0, min(block, len(tensor) - rank * block)) for rank in range(world)]
 
 
+def own_rows(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """This rank's rows of a tensor, the first one's number and how many they are: all of them,
+    where it is not divided. A scalar counts as one."""
+    if not hasattr(tensor, "to_local"):
+        return tensor, 0, len(tensor) if tensor.dim() else 1
+    rows, rank = rows_of(tensor), rank_and_world()[0]
+    return tensor.to_local(), sum(rows[:rank]), rows[rank]
+
+
 def put(own: Tensor, value: Tensor) -> None:
     """Copies a whole tensor into `own` or, where that is divided among the ranks, its rows."""
     if hasattr(own, "to_local"):

@@ -6,6 +6,7 @@ Legend: T packed tokens, D model width, C vocabulary, A supervised tokens of a b
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from sliming.backbones import PackedCache
 from sliming.chat import IGNORE, encode, end_token, without_markers
+from sliming.guard import naming, only_one
 from sliming.images import ImageSource
 from sliming.inputs import Batch, Sample
 from sliming.records import RecordError, inside, lines, resume
@@ -95,6 +97,11 @@ class Answering:
         """
         inputs, lengths = self.embed_prompts([sample], gamma)                  # [T, D]
         cache = PackedCache() if cache is None else cache
+        used = sum(cache.lengths) + len(inputs)
+        if self.room(used) < max_new_tokens:
+            raise ValueError(f"{used} tokens and an answer of {max_new_tokens} exceed the language "
+                             f"model's context of {self.processor.context}: begin a new "
+                             "conversation, or lower --max-new-tokens")
         for _ in range(max_new_tokens):
             token = sample_tokens(self.read(inputs, lengths, cache), temperature, top_p)  # [1]
             if int(token) in self.end_ids:
@@ -107,11 +114,12 @@ class Answering:
                        max_new_tokens: int = 128, temperature: float = 0.0,
                        top_p: float = 1.0) -> list[list[int]]:
         """The answers' token ids of several samples at once: what `generate` yields for each, but
-        every step reads the language model's weights once for all."""
+        every step reads the language model's weights once for all. All of them end where the
+        longest has filled the language model's context."""
         inputs, lengths = self.embed_prompts(samples, gamma)                   # [T, D]
         answers: list[list[int]] = [[] for _ in samples]
         running, cache = list(range(len(samples))), PackedCache()
-        for _ in range(max_new_tokens):
+        for _ in range(min(max_new_tokens, self.room(max(lengths)))):
             tokens = sample_tokens(self.read(inputs, lengths, cache), temperature, top_p)
             ids = tokens.tolist()                                              # [running]
             going = [i for i, token in enumerate(ids) if token not in self.end_ids]
@@ -136,6 +144,11 @@ class Answering:
             segments=segments, use_cache=True)
         last = output.last_hidden_state[0, segments.bounds[1:] - 1]            # [samples, D]
         return self.llm.get_output_embeddings()(last)
+
+    def room(self, used: int) -> int:
+        """How many tokens an answer may have behind `used` others. The last one is not read."""
+        context = self.processor.context
+        return sys.maxsize if context is None else context - used + 1
 
     def embed_prompts(self, samples: list[Sample], gamma: float | None) -> tuple[Tensor, list[int]]:
         """Prompts as the language model reads them, without the noise of training: [T, D], and
@@ -222,6 +235,13 @@ def answer_file(model: Answering, questions: Path, folder: Path, answers: Path, 
         except (ValueError, OSError, TypeError) as error:
             raise RecordError(f"{questions}, line {line}: {error}") from error
 
+    with only_one(answers):
+        answer_rest(model, questions, read, answers, batch_size, **options)
+
+
+def answer_rest(model: Answering, questions: Path, read: Callable, answers: Path, batch_size: int,
+                **options) -> None:
+    """Answers the questions that have no line in `answers` yet."""
     todo = []
     done = {json.dumps(row.get("question_id")) for row in resume(answers)}
     for line, record in lines(questions):
@@ -231,7 +251,8 @@ def answer_file(model: Answering, questions: Path, folder: Path, answers: Path, 
             raise RecordError(f"{questions}, line {line}: no question with question_id and text")
         if json.dumps(name) not in done:
             todo.append((line, record))
-    with (open(answers, "a", encoding="utf-8") as out,
+    # Half a surrogate pair has no UTF-8; as \ud800 it is JSON.
+    with (naming(answers), open(answers, "a", encoding="utf-8", errors="backslashreplace") as out,
           tqdm(total=len(todo), desc="questions", unit="question") as progress):
         for answered in model.answer_all(todo, read, batch_size, **options):
             for (_, record), text in answered:

@@ -1,7 +1,6 @@
-"""Opening an image: whatever Pillow can read, upright, in 8-bit RGB. Resizing it."""
+"""Opening an image, in any of the usual formats, upright, in 8-bit RGB. Resizing it."""
 
 import os
-import struct
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,9 +9,16 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from sliming.guard import open_file
+
+# What is decoded. EPS, which starts another program, and rare formats are not.
+Image.init()
+FORMATS = [name for name in ("AVIF", "BMP", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX",
+                             "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP")
+           if name in Image.OPEN]
 ImageSource = str | os.PathLike | BinaryIO | Image.Image
 
 ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height change places
@@ -46,11 +52,13 @@ def open_image(source: ImageSource,
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they name no file; real damage is an error below
-            opened = nullcontext if isinstance(source, Image.Image) else Image.open
-            with opened(source) as image:
+            opened = isinstance(source, Image.Image)
+            given = opened or hasattr(source, "read")
+            with (nullcontext(source) if given else open_file(source) as file,
+                  nullcontext(file) if opened else Image.open(file, formats=FORMATS) as image):
                 turned = image.getexif().get(ORIENTATION, 1) >= 5
                 size = image.size[::-1] if turned else image.size
-                if enough is not None and opened is Image.open and 0 not in size:
+                if enough is not None and not opened and 0 not in size:
                     image.draft(None, enough(*size)[::-1 if turned else 1])
                 image.load()
                 image = to_rgb(image)
@@ -60,9 +68,10 @@ def open_image(source: ImageSource,
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: no such image file; check the path and the image "
                                 "folder") from error
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error,
-            Image.DecompressionBombError) as error:  # what Pillow's decoders raise on damaged files
+    except Exception as error:  # there is no end to what Pillow's decoders raise on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no image of a known format"
         raise ValueError(f"{name}: unreadable image ({reason}); replace it or drop its "
                          "record") from error
 

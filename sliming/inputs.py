@@ -114,6 +114,11 @@ class Processor:
             tokens = tokenizer(config.separator, add_special_tokens=False)["input_ids"]
             self.separator_id = tokens[-1]
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that the language model can read, where it says so."""
+        return self.config.llm_config.get("max_position_embeddings")
+
     def grid(self, width: int, height: int, max_crops: int | None = None) -> tuple[int, int]:
         """(columns, rows) of an image by the model's rule, `max_crops` crops at most if given."""
         return choose_grid(width, height, **self.grid_rule(max_crops))

@@ -249,9 +249,10 @@ class SliME(nn.Module, Answering, ModelHubMixin):
               float32: tuple[str, ...] = ()) -> "SliME":
         """The model of a checkpoint, tower and language model still without weights (`fill`)."""
         c = found.config
-        tower = pretrained.cut(CLIPVisionConfig.from_dict(c.vision_config), c.vision_layer)
-        model = cls(c, VisionTower(tower), build_llm(c.llm_config, dtype),
-                    Processor(c, found.tokenizer))
+        with files.reading(found.folder / "config.json"):
+            tower = pretrained.cut(CLIPVisionConfig.from_dict(c.vision_config), c.vision_layer)
+            model = cls(c, VisionTower(tower), build_llm(c.llm_config, dtype),
+                        Processor(c, found.tokenizer))
         for name, part in model.named_children():
             cast(part, torch.float32 if name in float32 else dtype)
         return model

@@ -8,18 +8,23 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from io import TextIOWrapper
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple, TextIO
+
+from sliming.guard import InputError, open_file
 
 CHUNK = 1 << 20    # characters read at a time
 LONGEST = 1 << 26  # characters of one element, at most
 
 BLANKS = re.compile(r"[ \t\r\n]*")
-DECODER = json.JSONDecoder()
+# Only walks over values: the longest numbers, which Python refuses to convert, do not stop it.
+DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 4000 else None)
+NESTED = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
 
-class RecordError(ValueError):
+class RecordError(InputError):
     """A record or a file of records that cannot be used; the message is one line."""
 
 
@@ -53,7 +58,7 @@ def elements(path: Path) -> Iterator[Element]:
     RecordError, with the line, for a broken file, and for one that holds something else or more.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open_file(path) as binary, TextIOWrapper(binary, "utf-8", newline="") as file:
             reader = _Reader(path, file)
             opening = reader.take("[{")
             closing = {"[": "]", "{": "}"}[opening]
@@ -122,14 +127,26 @@ class _Reader:
             try:
                 value, end = DECODER.raw_decode(self.text, self.at)
             except (json.JSONDecodeError, RecursionError) as error:
-                if isinstance(error, json.JSONDecodeError) and (
-                        len(self.text) - self.at < LONGEST and self.more()):
-                    continue  # it may go on behind what was read
-                self.line += self.text.count("\n", self.at, getattr(error, "pos", self.at))
-                raise self.error(getattr(error, "msg", "nested too deeply")) from error
+                value, end = None, 0
+                if isinstance(error, RecursionError):  # what follows it can be read all the same
+                    end = self.end_of_nested()
+                if not end:
+                    if len(self.text) - self.at < LONGEST and self.more():
+                        continue  # it may go on behind what was read
+                    self.line += self.text.count("\n", self.at, getattr(error, "pos", self.at))
+                    raise self.error(getattr(error, "msg", "nested too deeply")) from error
             if end < len(self.text) or not self.more():  # a number at the edge may go on, too
                 self.advance(end)
                 return value
+
+    def end_of_nested(self) -> int:
+        """Where the list or object that comes next ends; 0 if that was not read yet."""
+        depth = 0
+        for match in NESTED.finditer(self.text, self.at):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+            if depth == 0:
+                return match.end()
+        return 0
 
 
 # -------------------------------------------------------------------------------------------- JSONL
@@ -147,7 +164,7 @@ def parse(line: bytes | str, path: Path, number: int) -> object:
 def lines(path: Path) -> Iterator[tuple[int, object]]:
     """Number and value of every line of a JSONL file that is not blank. RecordError."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, parse(line, path, number)

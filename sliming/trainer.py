@@ -36,6 +36,7 @@ from sliming.checkpoints.lora import add_lora, begin_lora, without_lora
 from sliming.checkpoints.states import States
 from sliming.config import PRESETS, STAGES, Recipe, TrainConfig
 from sliming.data import RecordError, Share, Steps, open_mixture
+from sliming.guard import Stopped, deaf
 from sliming.inputs import Batch, seed_of
 from sliming.model import SliME
 from sliming.tiny.features import training_set
@@ -69,29 +70,30 @@ def train_stage(config: TrainConfig, stage: int, device: torch.device) -> None:
     whoever runs several stages removes it when all are done.
 
     Raises RecordError for unusable data, CheckpointError and OSError for what cannot be read or
-    written, ValueError for settings that do not fit, FloatingPointError where loss or gradient stop
-    being finite.
+    written, ValueError for settings that do not fit, FloatingPointError where loss or gradient are
+    not finite; and Stopped.
     """
     run = set_up(config, stage, device)
-    log = watch.Log(run.out, f"stage {stage}", run.first, run.steps, config.tensorboard)
-    for step in range(run.first, run.steps):
-        began = time.perf_counter()
-        share = next(run.shares)
-        waited = time.perf_counter() - began
-        # Whatever a language model of the user's own draws, dropout say, is drawn again when the
-        # run goes on from here.
-        torch.manual_seed(seed_of(config.seed, stage, step, ranks.rank_and_world()[0]))
-        for group in run.optimizer.param_groups:
-            scale = learning_rate_scale(step, run.steps, run.recipe.warmup_ratio)
-            group["lr"] = scale * group["peak"]
-        row = one_step(run, share, step, waited)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        log.write(row, device)
-        run.states.settle(wait=False)
-        if (step + 1) % config.save_every == 0 or step + 1 == run.steps:
-            run.states.save(step + 1, run.skipped)
-    log.close()
+    with watch.Log(run.out, f"stage {stage}", run.first, run.steps, config.tensorboard) as log:
+        for step in range(run.first, run.steps):
+            began = time.perf_counter()
+            share = next(run.shares)
+            waited = time.perf_counter() - began
+            # What a language model of the user's own draws, dropout say, follows from the step.
+            torch.manual_seed(seed_of(config.seed, stage, step, ranks.rank_and_world()[0]))
+            for group in run.optimizer.param_groups:
+                scale = learning_rate_scale(step, run.steps, run.recipe.warmup_ratio)
+                group["lr"] = scale * group["peak"]
+            row = one_step(run, share, step, waited)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            stop = log.write(row, device)
+            run.states.settle(wait=False)
+            if (step + 1) % config.save_every == 0 or step + 1 == run.steps or stop:
+                run.states.save(step + 1, run.skipped)
+            if stop:
+                run.states.settle()
+                raise Stopped(f"stage {stage} stopped with step {step + 1} of {run.steps} saved")
     finish(run, log.history)
     run.states.settle()
 
@@ -140,15 +142,18 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
     out = Path(config.out) / f"stage{stage}"
     out.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused or None)
-    settings = asdict(replace(config, stage=str(stage)))
+    settings = {**asdict(config), **getattr(records, "fingerprints", {}),
+                "first weights": files.weights_key(found.folder, found.config.vision,
+                                                  config.init_from)}
     states = States(out / "resume", model, optimizer, settings, config.keep)
-    first, skipped = states.restore() if config.resume == "auto" else states.discard()
+    first, skipped = states.restore()
     if first:
         watch.say(f"stage {stage} goes on at step {first}")
     template = plan.template or model.config.template
     work = Steps(records, model.processor, plan.parts, template, recipe, steps, folder, first, rank,
-                 world, config.strict_data, noise=(config.seed, stage))
+                 world, noise=(config.seed, stage))
     loader = DataLoader(work, batch_size=None, num_workers=config.readers(device.type),
+                        worker_init_fn=deaf,
                         pin_memory=device.type == "cuda")
     model.train()
     model.vision.eval()
@@ -220,6 +225,8 @@ def one_step(run: Run, share: Share, step: int, waited: float) -> dict:
     learned, skipped = ranks.reduce([learned, len(share.skipped)], device)     # of all ranks
     most = [len(share.batches), watch.peak_memory(device)]
     rounds, memory = ranks.reduce(most, device, dist.ReduceOp.MAX)
+    if skipped and run.config.strict_data:
+        raise RecordError(ranks.gather(share.skipped)[0])
     for complaint in share.skipped:
         watch.say(f"skipped {complaint}", everyone=True)
     if learned == 0:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed import ReduceOp
 from tqdm import tqdm
 
-from sliming.distributed import is_main, rank_and_world
+from sliming.distributed import is_main, rank_and_world, reduce
+from sliming.guard import Signals, naming
 from sliming.inputs import Batch
 from sliming.records import resume
 
@@ -50,22 +52,27 @@ def peak_memory(device: torch.device) -> float:
 
 
 class Log:
-    """metrics.jsonl, the progress bar and, if wanted, TensorBoard, of one stage on the first rank.
+    """metrics.jsonl, the progress bar and, if wanted, TensorBoard, of one stage on the first rank;
+    and the signals that ask for an end. To be entered with `with`.
 
     `history` holds all rows, those before step `first` from the file.
     """
 
     def __init__(self, out: Path, name: str, first: int, steps: int, tensorboard: bool):
-        path = out / "metrics.jsonl"
-        self.history = cut_metrics(path, first) if is_main() else []
-        self.file = open(path, "a") if is_main() else None
+        self.path = out / "metrics.jsonl"
+        self.history = cut_metrics(self.path, first) if is_main() else []
+        self.file = open(self.path, "a") if is_main() else None
         self.progress = tqdm(total=steps, initial=first, desc=name, unit="step",
                              disable=not is_main())
         self.board = tensorboard_writer(out) if tensorboard and is_main() else None
         self.began = time.perf_counter()
 
-    def write(self, row: dict, device: torch.device) -> None:
-        """Adds the row of a step. Its `flops` and `waited`, sums over the ranks, become `mfu` and
+    def __enter__(self) -> "Log":
+        self.signals = Signals()
+        return self
+
+    def write(self, row: dict, device: torch.device) -> bool:
+        """Adds the row of a step; True where a signal asks to end here, on any rank. Its `flops` and `waited`, sums over the ranks, become `mfu` and
         `data_wait`, shares of the time since the last row."""
         now = time.perf_counter()
         took, self.began = now - self.began, now
@@ -76,10 +83,12 @@ class Log:
         if peak := peak_flops(device):
             row["mfu"] = round(flops / peak, 4)
         self.history.append(row)
+        stop = reduce([self.signals.came], device, ReduceOp.MAX) == [1]
         if self.file is None:
-            return
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+            return stop
+        with naming(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
         notes = [f"loss {row['loss']:.3f}", f"norm {row['grad_norm']:.2f}", f"lr {row['lr']:.1e}",
                  f"{row['tokens_per_second']:.0f} tokens/s", f"{row['memory_gb']:.1f} GB",
                  f"data {100 * row['data_wait']:.0f} %"]
@@ -90,8 +99,10 @@ class Log:
         if self.board is not None:
             for name in ("loss", "grad_norm", "lr", "tokens_per_second", "data_wait"):
                 self.board.add_scalar(name, row[name], row["step"])
+        return stop
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
+        self.signals.end()
         self.progress.close()
         if self.file is not None:
             self.file.close()
@@ -140,7 +151,8 @@ def plot_loss(history: list[dict], title: str, path: Path) -> None:
              title=title)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with naming(path):
+        figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

@@ -4,12 +4,18 @@ import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "SLIMING_TEST_GPU" not in os.environ:  # the tests and all their children run on the CPU, whatever the machine has
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
 
 from sliming.model import SliME
 from sliming.config import PRESETS
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=300, help="images and records that test_fuzz.py makes, each (300)")
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. Files of one floor do not import each other, but files of one folder may.
-FLOORS = ["config records images chat fused_attention",
+FLOORS = ["guard",
+          "config records images chat fused_attention",
           "slicer qformer",
           "inputs router moe_adapter backbones distributed",
           "data generate watch",

@@ -1,11 +1,12 @@
 """`python -m sliming.checkpoints`: checkpoints in other forms."""
 
-import sys
 from pathlib import Path
 
 from sliming.config import Parser
+from sliming.guard import one_line
 
 
+@one_line("sliming.checkpoints")
 def main() -> None:
     parser = Parser(prog="python -m sliming.checkpoints", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -17,14 +18,11 @@ def main() -> None:
     source, target = arguments.merge or arguments.export
     from sliming.checkpoints import released
     from sliming.model import SliME
-    try:
-        folder = Path(target)
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds something already: choose another folder")
-        model = SliME.from_pretrained(source)
-        model.save_pretrained(folder) if arguments.merge else released.export(model, folder)
-    except (ValueError, OSError) as error:
-        sys.exit(f"sliming.checkpoints: {error}")
+    folder = Path(target)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something already: choose another folder")
+    model = SliME.from_pretrained(source)
+    model.save_pretrained(folder) if arguments.merge else released.export(model, folder)
     print(f"wrote {folder}")
 
 

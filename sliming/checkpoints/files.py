@@ -5,13 +5,14 @@ tokenizer and a stream of (name, tensor); `fill` puts them into a model, every t
 Nothing but JSON and tensors is read, and no code of a checkpoint is run.
 """
 
+import hashlib
 import json
 import os
 import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sliming.checkpoints.lora import with_adapters
 from sliming.config import SliMEConfig
 from sliming.distributed import collected, is_main, put
+from sliming.guard import InputError, naming, open_file, read_text
 
 Tensors = Iterator[tuple[str, Tensor]]
 INDEX = "model.safetensors.index.json"
@@ -31,7 +33,7 @@ SHARD = 5_000_000_000  # bytes of one file of weights, at most, unless one tenso
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A folder that cannot be read as a checkpoint; the message is one line."""
 
 
@@ -62,7 +64,32 @@ def find(name: str | Path, revision: str | None = None) -> Path:
                                     f"({reason})") from error
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no config.json, so this is no checkpoint")
+    return checked(folder)
+
+
+def checked(folder: Path) -> Path:
+    """The folder, where it holds nothing but files and folders: a pipe would be waited for."""
+    for path in (*folder.glob("*"), *folder.glob("lora/*")):
+        if not path.is_file() and not path.is_dir():
+            raise CheckpointError(f"{path} is neither a file nor a folder: remove it, or download "
+                                  "it again")
     return folder
+
+
+def weights_key(*folders: str | Path | None) -> str:
+    """Tells the weights in local folders apart from others put there later: a hash of their files'
+    names, sizes, and first and last megabytes, and of the settings; empty for hub ids."""
+    digest = hashlib.sha256()
+    for folder in [Path(folder) for folder in folders if folder and Path(folder).is_dir()]:
+        for path in sorted([*folder.glob("*"), *folder.glob("lora/*")]):
+            if path.suffix in (".safetensors", ".bin", ".pt") or path.name == "config.json":
+                size = path.stat().st_size
+                digest.update(f"{path.relative_to(folder)} {size} ".encode())
+                with open_file(path) as file:
+                    digest.update(file.read(1 << 20))
+                    file.seek(max(0, size - (1 << 20)))
+                    digest.update(file.read())
+    return digest.hexdigest()[:16] if digest.digest() != hashlib.sha256().digest() else ""
 
 
 def newest(out: Path) -> Path:
@@ -100,7 +127,7 @@ def read(folder: Path) -> Checkpoint:
                               "written by a newer version?")
     named = {"model.safetensors"}
     if (folder / INDEX).is_file():
-        named = set(read_json(folder / INDEX)["weight_map"].values())
+        named = shards_of(folder / INDEX)
     if stray := {path.name for path in folder.glob("*.safetensors")} - named:
         raise CheckpointError(f"{folder}: {', '.join(sorted(stray))} does not belong to the "
                               "checkpoint (another program's, or left by a save that was killed); "
@@ -108,15 +135,36 @@ def read(folder: Path) -> Checkpoint:
     tensors = read_weights(folder, "model")
     if (folder / "lora" / "adapter_config.json").is_file():
         tensors = with_lora(tensors, folder / "lora", prefix="llm.")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return Checkpoint(folder, SliMEConfig(**settings), tokenizer, tensors)
+    config = SliMEConfig(**settings)
+    with reading(folder / "config.json"):
+        config.check()
+    return Checkpoint(folder, config, read_tokenizer(folder), tensors)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What transformers makes of settings and tokenizers: whatever it raises becomes a
+    CheckpointError that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # there is no end to what it raises
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"{path}: cannot be used ({reason})") from error
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; no code that came with it is run."""
+    with reading(folder / "tokenizer_config.json"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def read_json(path: Path) -> dict:
     """A JSON file of a checkpoint; CheckpointError where it is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy or download the "
                               "file again") from error
     if not isinstance(content, dict):
@@ -131,7 +179,7 @@ def read_weights(folder: Path, stem: str) -> Tensors:
     for name in names:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            for shard in sorted(set(read_json(index)["weight_map"].values())):
+            for shard in sorted(shards_of(index)):
                 yield from read_file(folder / shard)
             return
         if (folder / name).is_file():
@@ -141,9 +189,19 @@ def read_weights(folder: Path, stem: str) -> Tensors:
                           "them")
 
 
+def shards_of(index: Path) -> set[str]:
+    """The files that an index names, all of them in its own folder."""
+    named = read_json(index).get("weight_map")
+    names = set(map(str, named.values())) if isinstance(named, dict) else {""}
+    if bad := [name for name in names if Path(name).name != name or not name]:
+        raise CheckpointError(f"{index}: {bad[0]!r} is not the name of a file beside it")
+    return names
+
+
 def read_file(path: Path) -> Tensors:
     """The tensors of one safetensors or .bin file, read as they are asked for."""
     try:
+        open_file(path).close()  # a regular file
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())
@@ -156,7 +214,8 @@ def read_file(path: Path) -> Tensors:
                 and all(isinstance(tensor, Tensor) for tensor in content.values())):
             raise RuntimeError("it holds something else than tensors by name")
         yield from content.items()
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError,
+            pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: unreadable weights ({reason}); copy or download the file "
                               "again") from error
@@ -169,21 +228,32 @@ def with_lora(tensors: Tensors, folder: Path, prefix: str = "") -> Tensors:
     to come last, under their own names, which nobody knows. CheckpointError for another kind.
     """
     settings = read_json(folder / "adapter_config.json")
-    for kind in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+    for kind in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+                 "lora_bias", "layer_replication"):
         if settings.get(kind):
             raise CheckpointError(f"{folder}/adapter_config.json: {kind} is set; only plain LoRA "
                                   "can be merged")
+    for field in ("r", "lora_alpha"):
+        if not isinstance(settings.get(field), int | float) or not 0 < settings[field] < 1e6:
+            raise CheckpointError(f"{folder}/adapter_config.json: {field} is "
+                                  f"{settings.get(field)!r}, not a number above 0")
     low_rank = {}
     for name, tensor in read_weights(folder, "adapter_model"):
         name = prefix + name.removeprefix("base_model.model.").replace(".default.", ".")
-        if ".lora_A." in name and len(tensor) != settings.get("r"):
+        if ".lora_A." in name and len(tensor) != settings["r"]:
             raise CheckpointError(f"{folder}: {name} has rank {len(tensor)}, adapter_config.json "
-                                  f"says {settings.get('r')}")
+                                  f"says {settings['r']}")
         low_rank[name] = tensor
     for name, tensor in tensors:
         down, up = (f"{name.removesuffix('.weight')}.lora_{which}.weight" for which in "AB")
         if down in low_rank and up in low_rank:
-            tensor = with_adapters(tensor, low_rank.pop(down), low_rank.pop(up), settings)
+            a, b = low_rank.pop(down), low_rank.pop(up)
+            if a.dim() != 2 or b.dim() != 2 or [*tensor.shape] != [len(b), a.shape[1]] or (
+                    len(a) != b.shape[1]):
+                raise CheckpointError(f"{folder}: {down} and its B are {list(a.shape)} and "
+                                      f"{list(b.shape)}, the weight {list(tensor.shape)}: they "
+                                      "belong to another base model")
+            tensor = with_adapters(tensor, a, b, settings)
         yield name, tensor
     yield from low_rank.items()
 
@@ -205,6 +275,9 @@ def fill(own: dict[str, Tensor], tensors: Tensors, source: Path | str,
         if own[name].shape != tensor.shape:
             raise CheckpointError(f"{source}: {called([name])[0]} has shape {list(tensor.shape)}, "
                                   f"the config asks for {list(own[name].shape)}")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{source}: {called([name])[0]} holds numbers that are not "
+                                  "finite")
         put(own[name], tensor)
         found.add(name)
     missing = [name for name in own if name not in found and not name.startswith(optional)]
@@ -235,11 +308,11 @@ def write(folder: Path, config: SliMEConfig, tensors: dict[str, Tensor],
         save_tensors(None, tensors, dtypes)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
+    with naming(folder), tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
         new = Path(new)
         save_tensors(new, tensors, dtypes, mark=new.name.removeprefix(".saving-"))
         if tokenizer is not None:
-            tokenizer.save_pretrained(new)
+            save_tokenizer(tokenizer, new)
         settings = {"format": "sliming", **asdict(config)}
         (new / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         named = {path.name for path in new.iterdir()}
@@ -252,6 +325,14 @@ def write(folder: Path, config: SliMEConfig, tensors: dict[str, Tensor],
         if old.name not in named:
             old.unlink()
     shutil.rmtree(folder / "lora", ignore_errors=True)  # adapters of a model that lay here
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Its files; OSError on a full disk, for which its library has an Exception of its own."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        raise OSError(f"{folder}: cannot write the tokenizer ({error})") from error
 
 
 def write_lora(folder: Path, llm: nn.Module, tensors: dict[str, Tensor], base: str) -> None:
@@ -287,12 +368,16 @@ def save_tensors(folder: Path | None, tensors: dict[str, Tensor], dtypes: dict[s
         if len(shards) > 1:
             file = f"{stem}-{mark}-{number:05d}-of-{len(shards):05d}.safetensors"
         files |= dict.fromkeys(names, file)
-        with open(folder / file, "wb") if folder else nullcontext() as out:
+        with (naming(folder / file if folder else Path(file)),
+              open(folder / file, "wb") if folder else nullcontext() as out):
             if out:
                 out.write(safetensors_header(names, tensors, dtypes, sizes))
             for name in names:
                 for part in collected(tensors[name].detach()):
                     part = part.to("cpu", dtypes[name]).contiguous()
+                    if not part.isfinite().all():
+                        raise FloatingPointError(f"{name} holds numbers that are not finite; "
+                                                 "nothing was saved")
                     out.write(part.flatten().view(torch.uint8).numpy())
     if folder and len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}

@@ -9,16 +9,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, GenerationConfig
+from transformers import AutoConfig, CLIPVisionConfig, GenerationConfig
 
 from sliming.backbones import TINY, VisionTower
+from sliming.checkpoints import files
 from sliming.checkpoints.files import (
     Checkpoint,
     CheckpointError,
     Tensors,
-    download,
-    fill,
+    checked,
+    read_tokenizer,
     read_weights,
+    reading,
 )
 from sliming.config import SliMEConfig
 from sliming.distributed import materialise
@@ -28,11 +30,13 @@ def read(config: SliMEConfig) -> Checkpoint:
     """The two backbones of a new model; what lies between them is not in the stream. The tower is
     cut to the layer that is used. CheckpointError, OSError for what cannot be had."""
     tower, words = place(config.vision, "vision"), place(config.llm, "llm")
-    vision = cut(CLIPVisionConfig.from_pretrained(tower), config.vision_layer)
-    llm = AutoConfig.from_pretrained(words, trust_remote_code=False)
-    if (words / "generation_config.json").is_file():  # it may name more tokens that end an answer
-        llm.eos_token_id = GenerationConfig.from_pretrained(words).eos_token_id
-    tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
+    with reading(tower / "config.json"):
+        vision = cut(CLIPVisionConfig.from_pretrained(tower), config.vision_layer)
+    with reading(words / "config.json"):
+        llm = AutoConfig.from_pretrained(words, trust_remote_code=False)
+        if (words / "generation_config.json").is_file():  # it may name more ends of an answer
+            llm.eos_token_id = GenerationConfig.from_pretrained(words).eos_token_id
+    tokenizer = read_tokenizer(words)
     config = replace(config, vision_layer=-1, vision_config=json.loads(vision.to_json_string()),
                      llm_config=json.loads(llm.to_json_string()))
 
@@ -50,7 +54,7 @@ def place(name: str, tiny: str) -> Path:
     """The folder of a backbone."""
     if name == "tiny":
         return TINY / tiny
-    return Path(name) if Path(name).is_dir() else download(name)
+    return checked(Path(name) if Path(name).is_dir() else files.download(name))
 
 
 def cut(config: CLIPVisionConfig, layer: int) -> CLIPVisionConfig:
@@ -58,18 +62,19 @@ def cut(config: CLIPVisionConfig, layer: int) -> CLIPVisionConfig:
     is the output of the last layer but one, -1 that of the last."""
     used = config.num_hidden_layers + 1 + layer
     if layer >= 0 or used < 1:
-        raise CheckpointError(f"vision_layer must be -1 .. -{config.num_hidden_layers}, got {layer}")
+        raise CheckpointError(f"vision_layer must be -1 .. -{config.num_hidden_layers}, "
+                              f"got {layer}")
     return CLIPVisionConfig.from_dict({**config.to_dict(), "num_hidden_layers": used})
 
 
 def tower_tensors(folder: Path, layers: int) -> Tensors:
     """The vision half of a CLIP model, its first `layers` layers."""
-    others = ("text_", "visual_projection", "logit_scale", "post_layernorm",
+    unused = ("text_", "visual_projection", "logit_scale", "post_layernorm",
               "embeddings.position_ids")
     for name, tensor in read_weights(folder, "model"):
         name = name.removeprefix("vision_model.")
         layer = name.removeprefix("encoder.layers.").partition(".")[0]
-        if not name.startswith(others) and not (layer.isdecimal() and int(layer) >= layers):
+        if not name.startswith(unused) and not (layer.isdecimal() and int(layer) >= layers):
             yield name, tensor
 
 
@@ -79,5 +84,6 @@ def load_vision(name: str, layer: int) -> VisionTower:
     config = cut(CLIPVisionConfig.from_pretrained(folder), layer)
     tower = VisionTower(config)
     materialise(tower, "cpu")
-    fill(dict(tower.clip.named_parameters()), tower_tensors(folder, config.num_hidden_layers), folder)
+    tensors = tower_tensors(folder, config.num_hidden_layers)
+    files.fill(dict(tower.clip.named_parameters()), tensors, folder)
     return tower

@@ -1,3 +1,3 @@
-from sliming.evaluation.run import main
+from sliming.guard import program
 
-main()
+program("sliming.evaluation.run")

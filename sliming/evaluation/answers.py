@@ -10,6 +10,7 @@ import json
 import os
 from pathlib import Path
 
+from sliming.checkpoints.files import weights_key
 from sliming.evaluation.benchmarks import find, read_questions
 from sliming.evaluation.question import Finder, Question
 from sliming.records import RecordError, lines, resume
@@ -29,22 +30,6 @@ def header_of(name: str, questions: list[Question], checkpoint: str) -> dict:
     key = hashlib.sha256(asked.encode()).hexdigest()[:16]
     return {"benchmark": name, "questions": len(questions), "key": key, "checkpoint": checkpoint,
             "weights": weights_key(checkpoint)}
-
-
-def weights_key(checkpoint: str) -> str:
-    """Tells the weights in a local folder apart from others put there later: a hash of its files'
-    names, sizes, and first and last megabytes; empty for a hub id."""
-    digest = hashlib.sha256()
-    files = sorted(path for path in Path(checkpoint).rglob("*")
-                   if path.suffix in (".safetensors", ".bin", ".pt"))
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(checkpoint)} {size} ".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest()[:16] if files else ""
 
 
 def read_answers(path: Path) -> tuple[dict, list[dict]]:
@@ -87,7 +72,7 @@ def collect(out: Path, name: str, questions: list[Question], header: dict) -> di
             done.update({row["id"]: row for row in rows})
     done = {question.id: done[question.id] for question in questions if question.id in done}
     new = out / f".{name}.new"
-    with open(new, "w", encoding="utf-8") as file:
+    with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:
         for row in [header, *done.values()]:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(new, answers_file(out, name))

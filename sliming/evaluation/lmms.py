@@ -20,7 +20,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
-from sliming.chat import IMAGE
+from sliming.chat import IMAGE, without_markers
 from sliming.distributed import choose_dtype, rank_device
 from sliming.generate import exact_match
 from sliming.inputs import Batch, Sample
@@ -66,7 +66,7 @@ class SliMEForLmmsEval(lmms):
                 raise ValueError(f"sliming answers about images, not about {type(image).__name__}: "
                                  "choose a task without video or audio")
         if context.count(IMAGE) != len(images):
-            context = f"{IMAGE}\n" * len(images) + context.replace(IMAGE, "").lstrip("\n")
+            context = f"{IMAGE}\n" * len(images) + without_markers(context).lstrip("\n")
         turns = [{"from": "human", "value": context}]
         if answer is not None:
             turns.append({"from": "gpt", "value": answer})

@@ -20,6 +20,7 @@ import numpy as np
 
 from sliming.chat import IMAGE, OPTION_LETTER, SINGLE_WORD
 from sliming.evaluation.formats import LETTERS
+from sliming.guard import read_text
 from sliming.records import RecordError, lines
 
 Image = bytes | tuple[str, ...]  # an encoded image, or the paths it may have in the image folder
@@ -199,7 +200,7 @@ def load(path: Path) -> list | dict:
     if path.suffix == ".jsonl":
         return [value for _, value in lines(path)]
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise RecordError(f"{path}: cannot be read as text ({error})") from error
     if path.suffix == ".tsv":

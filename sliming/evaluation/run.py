@@ -20,6 +20,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,7 +28,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from sliming.chat import IMAGE
+from sliming.chat import IMAGE, without_markers
+from sliming.config import BATCH, COUNT, Parser
 from sliming.data import RecordFile, load_sample
 from sliming.distributed import barrier, choose_dtype, is_main, rank_and_world, rank_device, reduce
 from sliming.evaluation import answers
@@ -35,6 +37,7 @@ from sliming.evaluation.benchmarks import BENCHMARKS, find, locate, read_questio
 from sliming.evaluation.question import Question
 from sliming.evaluation.report import columns_of, report, result, say
 from sliming.generate import exact_match
+from sliming.guard import naming, one_line, only_one
 from sliming.inputs import Batch, Sample
 from sliming.model import SliME
 from sliming.records import RecordError
@@ -77,7 +80,7 @@ def to_sample(model: SliME, question: Question, folder: Path) -> Sample:
     """A question, images first, ready for the model. RecordError for a missing or broken image."""
     images = [locate(image, folder, question.id) for image in question.images]
     images = [io.BytesIO(image) if isinstance(image, bytes) else image for image in images]
-    text = f"{IMAGE}\n" * len(images) + question.prompt.replace(IMAGE, "")
+    text = f"{IMAGE}\n" * len(images) + without_markers(question.prompt)
     try:
         return model.processor.prompt([{"from": "human", "value": text}], images)
     except (ValueError, OSError) as error:
@@ -91,7 +94,8 @@ def answer_benchmark(model: SliME, name: str, questions: list[Question], images:
     todo = [question for question in questions if question.id not in done][rank::world]
     rows, shown = list(done.values()), 0.0
 
-    with open(answers.answers_file(out, name, rank), "a", encoding="utf-8") as file, \
+    path = answers.answers_file(out, name, rank)
+    with naming(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file, \
             tqdm(total=len(todo), desc=name, unit="question", disable=rank > 0 or not todo,
                  mininterval=1 if sys.stderr.isatty() else 10) as bar:
         if file.tell() == 0:
@@ -140,10 +144,17 @@ def one_each(arguments: argparse.Namespace) -> list[tuple[str, Path, Path, Path 
 
 def evaluate_benchmarks(arguments: argparse.Namespace) -> None:
     """Answers and scores --benchmark NAME ... on every rank; the first one reports."""
-    out, model, results = arguments.out, None, {}
+    out = arguments.out
     asked = [(name, read_questions(name, data, truth), images)
              for name, data, images, truth in one_each(arguments)]
     out.mkdir(parents=True, exist_ok=True)
+    with only_one(out) if is_main() else nullcontext():
+        answer_and_score(arguments, asked)
+
+
+def answer_and_score(arguments: argparse.Namespace, asked: list) -> None:
+    """Answers and scores what is asked: (name, questions, images)."""
+    out, model, results = arguments.out, None, {}
     for name, questions, images in asked:
         header = answers.header_of(name, questions, arguments.checkpoint)
         if is_main():
@@ -199,8 +210,8 @@ def score_only(arguments: argparse.Namespace) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m sliming.evaluation", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m sliming.evaluation", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", default="out/stage3", help="folder or hub id (default: %(default)s)")
     add("--benchmark", nargs="+", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
@@ -214,24 +225,21 @@ def parse_arguments() -> argparse.Namespace:
         help="answers and results (default: %(default)s)")
     add("--score-only", nargs="+", metavar="ANSWERS", help="score files of answers, ours or, with "
         "--benchmark and --data, LLaVA's {question_id, text} a line")
-    add("--batch-size", type=int, default=8, help="questions answered together (default: 8)")
+    add("--batch-size", type=BATCH, default=8, help="questions answered together (default: 8)")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the model (default: bfloat16 on a GPU, else float32)")
-    add("--questions", type=int, default=512,
+    add("--questions", type=COUNT, default=512,
         help="held-out questions of each family (default: 512)")
     add("--across-seams", action="store_true",
         help="let printed labels lie across the seams of crops")
     arguments = parser.parse_args()
-    if arguments.batch_size < 1:
-        parser.error("--batch-size must be at least 1")
-    if arguments.questions < 1:
-        parser.error("--questions must be at least 1")
     alone = not arguments.benchmark and not arguments.score_only
     if alone and (len(arguments.data or []) > 1 or len(arguments.images) > 1):
         parser.error("several --data files or --images folders need their --benchmark names")
     return arguments
 
 
+@one_line("sliming.evaluation", resumes=True)
 def main() -> None:
     arguments = parse_arguments()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not arguments.score_only:
@@ -254,12 +262,7 @@ def main() -> None:
                                                arguments.across_seams, rank=rank, world=world))
             if is_main():
                 print(text)
-    except (ValueError, OSError) as error:  # RecordError and CheckpointError among them
-        sys.exit(f"sliming.evaluation: {' '.join(str(error).split())}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-
-if __name__ == "__main__":
-    main()

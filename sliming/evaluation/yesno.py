@@ -7,6 +7,7 @@ import numpy as np
 
 from sliming.chat import SINGLE_WORD
 from sliming.evaluation.question import Benchmark, Question, load_rows, need, ratio, split
+from sliming.guard import read_text
 from sliming.records import RecordError
 
 # ------------------------------------------------------------------------------------------ MME
@@ -65,7 +66,7 @@ class MME(Benchmark):
                 folder = folder if folder.is_dir() else path / category
                 files = [(file, [file.stem]) for file in sorted(folder.glob("*.txt"))]
             for file, image in files:
-                for line in file.read_text(encoding="utf-8").splitlines():
+                for line in read_text(file).splitlines():
                     cells = [*image, *line.split("\t"), "", ""][:3]
                     found += [(category, *cells, file)] if line.strip() else []
         if not found:

@@ -1,3 +1,3 @@
-from sliming.smr.build import main
+from sliming.guard import program
 
-main()
+program("sliming.smr.build")

@@ -24,22 +24,19 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
 from sliming.chat import IMAGE
+from sliming.config import COUNT, SEED, Parser, number
 from sliming.data import check_record
+from sliming.guard import deaf, naming, one_line, only_one
 from sliming.records import RecordError, lines, mend
 from sliming.smr.candidates import Candidate, Drop, Selection
 from sliming.smr.filters import REASONS, Excluded, Look, hash64, judge_text, look_at, unrelated
 from sliming.smr.sources import SOURCES, check
 from sliming.smr.statistics import lengths, plot, table
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two builds apart
-    fcntl = None
 
 CHUNK = 64           # candidates that a worker judges at a time
 REMEMBERED = 8192    # images whose check is kept: questions about one image stand close together
@@ -61,6 +58,7 @@ def end_with_parent() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
+    deaf()
     threading.Thread(target=wait, daemon=True).start()
 
 
@@ -105,32 +103,6 @@ def judged(candidates: Iterable[Candidate | Drop], workers: int) -> Iterator[Jud
 
 
 # ------------------------------------------------------------------------------------- the result
-
-
-@contextmanager
-def only_one(out: Path) -> Iterator[None]:
-    """Keeps a second process from building `out`; the lock of one that was killed is void."""
-    if not fcntl:
-        yield
-        return
-    path = out.with_name(out.name + ".lock")
-    with open(path, "a+") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A holder removes its lock; one that was opened just before is nobody's.
-            free = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
-        except OSError:
-            free = False
-        if not free:
-            lock.seek(0)
-            raise RecordError(f"{out}: process {lock.read().strip()} is building it; wait for it, "
-                              "or give another --out")
-        lock.truncate(0)
-        print(os.getpid(), file=lock, flush=True)
-        try:
-            yield
-        finally:
-            path.unlink()
 
 
 class Ledger:
@@ -245,7 +217,7 @@ def build(source: str, folder: Path, out: Path, *, root: Path | None = None,
         except RecordError as error:
             broken.append(error)  # raised when everything before it is written
 
-    with only_one(out):
+    with only_one(out), naming(out):
         ledger = Ledger(out, source, root)
         try:
             for item, answer, drop, look in judged(until_broken(), workers):
@@ -267,17 +239,6 @@ def build(source: str, folder: Path, out: Path, *, root: Path | None = None,
 # ------------------------------------------------------------------------------- the command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        sys.exit(f"sliming.smr: {message}")
-
-
-def positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
-    return int(text)
-
-
 def arguments() -> argparse.Namespace:
     parser = Parser(prog="python -m sliming.smr", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -293,14 +254,14 @@ def arguments() -> argparse.Namespace:
                       help="evaluation questions, JSON or JSONL, their images beside them")
     make.add_argument("--splits", type=lambda text: tuple(text.split(",")), default=(),
                       metavar="A,B", help="instead of the training splits")
-    make.add_argument("--count", type=positive, help="dvqa: how many reasoning questions "
+    make.add_argument("--count", type=COUNT, help="dvqa: how many reasoning questions "
                       f"(default {Selection.count})")
-    make.add_argument("--seed", type=int, help="of dvqa's choice and textbookqa's prompts")
+    make.add_argument("--seed", type=SEED, help="of dvqa's choice and textbookqa's prompts")
     make.add_argument("--machine", action="store_true",
                       help="chartqa: machine-written questions too")
     make.add_argument("--text-only", action="store_true",
                       help="scienceqa: questions without an image too")
-    make.add_argument("--workers", type=positive, default=os.cpu_count() or 1,
+    make.add_argument("--workers", type=number(int, 1, 1024), default=os.cpu_count() or 1,
                       help="processes (default %(default)s)")
     show = commands.add_parser("stats", help="counts beside the paper's, lengths as in Figure 4")
     show.add_argument("file", type=Path)
@@ -336,10 +297,9 @@ def run(args: argparse.Namespace) -> None:
                           "delete it and build again")
 
 
+@one_line("sliming.smr", resumes=True)
 def main() -> None:
     try:
         run(arguments())
-    except (RecordError, OSError, BrokenProcessPool) as error:
-        sys.exit(f"sliming.smr: {error}")
-    except KeyboardInterrupt:
-        sys.exit("sliming.smr: stopped; the same command goes on from here")
+    except BrokenProcessPool as error:
+        raise RecordError(str(error)) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sliming.chat import OPTION_LETTER, SINGLE_WORD
 from sliming.evaluation.formats import LETTERS, texts
+from sliming.guard import open_file
 from sliming.records import RecordError, parse
 
 
@@ -77,7 +78,7 @@ def guarded(name: str, make: Callable[..., Candidate], *arguments: object) -> Ca
 def rows(path: Path) -> Iterator[tuple[int, object]]:
     """Line number and value of a JSONL file; a broken line's value is its RecordError."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:

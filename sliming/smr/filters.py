@@ -22,6 +22,7 @@ from PIL import Image
 from sliming.chat import IMAGE, OPTION_LETTER, SINGLE_WORD
 from sliming.evaluation.formats import LETTERS
 from sliming.evaluation.latex import NO_VALUE, arithmetic
+from sliming.guard import open_file
 from sliming.images import open_image
 from sliming.records import RecordError, elements, lines
 from sliming.smr.candidates import Candidate, Drop
@@ -314,7 +315,7 @@ class Excluded:
 def entries_of(path: Path) -> Iterator[dict]:
     """The records of a JSONL file (POPE's are called .json), or of a JSON list or object."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             one_a_line = path.suffix == ".jsonl" or re.match(rb"\s*\{.*\}\s*\n\{", file.read(4096))
     except OSError as error:
         raise RecordError(f"{path}: cannot be read ({error.strerror})") from error

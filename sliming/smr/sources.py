@@ -20,6 +20,7 @@ import numpy as np
 from sliming.chat import DETAIL_PROMPTS, SINGLE_WORD
 from sliming.evaluation import formats
 from sliming.evaluation.formats import LETTERS, place_of, texts
+from sliming.guard import read_text
 from sliming.records import RecordError, elements, inside
 from sliming.smr.candidates import (
     Candidate,
@@ -338,7 +339,7 @@ def ai2d(folder: Path, selection: Selection) -> Found:
     if not ids.exists():
         raise RecordError(f"{ids}: missing; without it the test images cannot be kept out (an "
                           "empty file takes them all)")
-    test = set(ids.read_text(encoding="utf-8").split())
+    test = set(read_text(ids).split())
     for path in sorted((folder / "questions").glob("*.json")):
         name, page = path.name.removesuffix(".json"), load(path)
         if ("test" if Path(name).stem in test else "train") not in selection.splits:

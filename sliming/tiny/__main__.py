@@ -1,21 +1,22 @@
 """`python -m sliming.tiny`: a built-in picture to look at, or the stand-ins made anew."""
 
-import argparse
 from pathlib import Path
 
-from sliming.config import SEED, Parser
+from sliming.config import NATURAL, SEED, Parser
+from sliming.guard import one_line
 
 
+@one_line("sliming.tiny")
 def main() -> None:
     parser = Parser(prog="python -m sliming.tiny",
-                                     description="The tiny preset's pictures and stand-ins.")
+                    description="The tiny preset's pictures and stand-ins.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--picture", type=Path, metavar="FILE",
                       help="write a held-out picture and print what can be asked about it")
     what.add_argument("--pretrain", type=Path, metavar="FOLDER",
                       help="train the vision tower and the language model again (half an hour on a "
                            "core) and write them to FOLDER/vision and FOLDER/llm")
-    parser.add_argument("--index", type=int, default=39, help="which picture (default: 39)")
+    parser.add_argument("--index", type=NATURAL, default=39, help="which picture (default: 39)")
     parser.add_argument("--seed", type=SEED, default=0, help="of --pretrain (default: 0)")
     arguments = parser.parse_args()
     if arguments.pretrain:

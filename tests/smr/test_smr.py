@@ -361,7 +361,7 @@ def test_a_killed_build_leaves_no_workers_and_no_lock(tmp_path):
 
     try:
         until(3)
-        with pytest.raises(RecordError, match=f"process {process.pid} is building it"):
+        with pytest.raises(RecordError, match=f"process {process.pid} is writing it"):
             build("dvqa", tmp_path / "raw", out)
     finally:
         process.kill()
