@@ -155,10 +155,23 @@ class Answering:
         their lengths, sum T."""
         training = self.training
         self.eval()
-        batch = Batch.pack(samples).to(self.device)
-        inputs, _, lengths = self.embed(batch, self.see(batch, gamma=gamma))
+        batch = Batch.pack(samples)
+        features, batch = self.encode_once(batch), batch.to(self.device)
+        inputs, _, lengths = self.embed(batch, self.see(batch, gamma=gamma, features=features))
         self.train(training)
         return inputs, lengths
+
+    def encode_once(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`encode`, with equal views read once: those of an image that several questions are about,
+        and blank crops."""
+        views = [*batch.global_views, *batch.crops]
+        if not views:
+            return self.encode(batch)
+        number: dict[bytes, int] = {}                  # of each different view, by its pixels
+        numbers = [number.setdefault(view.numpy().tobytes(), len(number)) for view in views]
+        different = torch.stack(list(dict(zip(numbers, views, strict=True)).values()))
+        features = self.encode(replace(batch, crops=different).to(self.device), "local")[1]
+        return features[numbers].split([len(batch.global_views), len(batch.crops)])
 
 
 class Conversation:

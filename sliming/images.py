@@ -109,8 +109,8 @@ def resizer(image: Image.Image, how: str) -> Callable[[tuple[int, int]], Tensor]
     """A function from a size to the image in that size: uint8 [height, width, 3], bicubic with
     antialiasing.
 
-    "pillow": the pixels that the released models were trained on. "torch": a few times as fast; of
-    its values under 1 % differ, by 1 or 2 of 255. ValueError for another way.
+    "pillow": the pixels that the released models were trained on. "torch": a few times as fast;
+    most of its values are the same, the others differ by 1 or 2 of 255. ValueError for another way.
     """
     if how == "pillow":
         return lambda size: torch.from_numpy(np.array(image.resize(size, Image.Resampling.BICUBIC)))

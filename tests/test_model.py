@@ -264,6 +264,17 @@ def test_answers_to_a_batch_equal_those_to_each_alone(model):
         model.answer(*pair, gamma=0.3, max_new_tokens=6) for pair in questions]
 
 
+def test_equal_views_are_encoded_once_for_an_answer(model, samples, monkeypatch):
+    """Those of a picture that several questions are about, and blank crops."""
+    batch = Batch.pack(samples + samples)
+    seen, forward = [], type(model.vision).forward
+    monkeypatch.setattr(type(model.vision), "forward", lambda self, views: seen.append(views) or forward(self, views))
+    for ours, plain in zip(model.encode_once(batch), model.encode(batch), strict=True):
+        assert (ours - plain).abs().max() < 1e-5
+    assert len(seen[0]) == len(torch.unique(seen[1], dim=0)) <= len(seen[1]) / 2
+    assert [len(part) for part in model.encode_once(Batch.pack([model.processor.ask(None, "?")]))] == [0, 0]
+
+
 def test_generation_leaves_the_mode_and_handles_words_only(model):
     model.train()
     assert isinstance(model.answer(None, "How many bars are there?", max_new_tokens=4), str)
