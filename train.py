@@ -11,6 +11,7 @@ that was interrupted goes on from its last state when the same command is given 
 
 import json
 import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def main() -> None:
             train_stage(config, stage, device)
             if is_main() and config.eval_questions and config.preset == "tiny":
                 evaluate(folder / f"stage{stage}", stage, config.eval_questions, device)
-        discard(folder, wanted)  # all is done: nothing to go on from
+        discard(folder, wanted)  # all is done: nothing to go on from, no picture to come back to
+        shutil.rmtree(folder / "features", ignore_errors=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -50,7 +52,8 @@ def evaluate(folder: Path, stage: int, questions: int, device) -> None:
     from sliming.watch import say
     model = SliME.from_pretrained(folder).to(device)
     # After stage I only the global view is trained; the later stages answer with everything.
-    results = held_out_accuracy(model, questions, "global" if stage == 1 else "both")
+    results = held_out_accuracy(model, questions, "global" if stage == 1 else "both",
+                                folder=folder.parent / "features")
     (folder / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
     say(table(results))
 

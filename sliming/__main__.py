@@ -4,7 +4,7 @@ import sliming
 
 print(f"""sliming {sliming.__version__}: SliME, the model of "Beyond LLaVA-HD"
 
-  torchrun train.py --stage all     the tiny preset in three stages (minutes on a laptop, no download)
+  torchrun train.py --stage all     the tiny preset in three stages (minutes on a laptop, offline)
   torchrun train.py --stage 1       one stage; then 2 and 3. --help lists the flags
   python sample.py --image FILE --prompt "..."    ask the newest checkpoint; --explain PNG draws
   python -m sliming.tiny            a built-in picture to ask about; the stand-ins made again

@@ -9,12 +9,16 @@ Legend: V views (global views and crops of a batch), S crop size in pixels, L pa
 vision width, T packed tokens, H attention heads, Hkv of keys and values, Dh head size.
 """
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -55,7 +59,8 @@ class VisionTower(nn.Module):
     def forward(self, views: Tensor) -> Tensor:
         """uint8 [V, 3, S, S] -> [V, L, Dv] in the tower's dtype, row-major over the patches."""
         pixels = (views.float() / 255 - self.mean) / self.std
-        return self.features(pixels.to(self.clip.dtype))
+        with without_cudnn(pixels.device):
+            return self.features(pixels.to(self.clip.dtype))
 
     def features(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [V, 3, S, S] -> [V, L, Dv]; with gradients, to train a stand-in."""
@@ -137,73 +142,179 @@ def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
+def takes_all_at_once(device: torch.device) -> bool:
+    """Whether torch's flash attention for packed rows, of two-byte numbers, runs there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+class Segments:
+    """Where the samples of a packed row begin and end: made once per call of the decoder, for all
+    of its layers.
+
+    `lengths`: tokens of each sample in the row, sum T. Where a cache is continued there are more
+    keys: `keys[i]` of sample i, the first of its `rooms[i]` rows, this call's tokens the last of
+    them. The host keeps its numbers, so that using them waits for no GPU; what the GPU needs of
+    them goes there in one copy that nothing waits for.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device | str,
+                 rooms: list[int] | None = None, keys: list[int] | None = None):
+        self.lengths, self.rooms, self.keys = lengths, rooms or lengths, keys or lengths
+        self.longest, self.most = max(lengths), max(self.keys)  # of a sample: tokens, keys
+        self.at_once = takes_all_at_once(torch.device(device))
+        starts = [0, *accumulate(self.rooms)]
+        bounds = [0, *accumulate(lengths), *starts, *self.keys]
+        places = [np.arange(end - new, end) for new, end in zip(lengths, self.keys, strict=True)]
+        rows = [place + start for place, start in zip(places, starts, strict=False)]
+        packed = torch.from_numpy(np.concatenate([bounds, *places, *rows]))
+        if torch.device(device).type == "cuda":
+            packed = packed.pin_memory()
+        packed = packed.to(device, non_blocking=True)
+        bounds, self.positions, self.rows = packed.split(  # the latter two int64 [T]: each token's
+            [len(bounds), sum(lengths), sum(lengths)])     # place in its sample, row among the keys
+        count = len(lengths) + 1
+        self.bounds, self.key_bounds, used = bounds.int().split([count, count, count - 1])
+        self.used = None if keys is None else used
+
+
 def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
                      attention_mask: Tensor | None, scaling: float, dropout: float = 0.0,
-                     segments: list[int] | None = None, key_segments: list[int] | None = None,
-                     sliding_window: int | None = None, **_) -> tuple[Tensor, None]:
-    """Causal attention of packed samples: query [1, H, T, Dh], key and value [1, Hkv, T, Dh] ->
+                     segments: Segments | None = None, sliding_window: int | None = None,
+                     **_) -> tuple[Tensor, None]:
+    """Causal attention of packed samples: query [1, H, T, Dh], key and value [1, Hkv, Tk, Dh] ->
     [1, T, H, Dh].
 
-    `segments` are the samples' lengths, sum T. Each attends within itself through one SDPA call:
-    sum T_i^2 work and no [T, T] mask, where the usual way of packing (positions that restart, a
-    block mask) pays (sum T_i)^2. Without `segments` the row is one sample. Where a cache is
-    continued there are more keys than queries: `key_segments[i]` of sample i. The signature is that
-    of transformers' AttentionInterface, hence the unused arguments.
+    Each sample attends within itself: sum T_i^2 work and no [T, T] mask, where the usual way of
+    packing (positions that restart, a block mask) pays (sum T_i)^2. On a GPU that is one call for
+    all samples, elsewhere and in float32 one call for each. Without `segments` the row is one
+    sample, its tokens the last of the keys. The signature is that of transformers'
+    AttentionInterface, hence the unused arguments.
     """
     if sliding_window is not None or attention_mask is not None:
         raise ValueError("packed attention is causal over whole samples: it knows no sliding "
                          "window and no other mask")
-    grouped = query.shape[1] != key.shape[1]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ahead = k.shape[2] - q.shape[2]  # keys of the cache that every query may see
-        mask = None
-        if ahead and q.shape[2] > 1:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(ahead)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped,
-            is_causal=ahead == 0 and q.shape[2] > 1)
-
+    device = query.device
     if segments is None:
-        return attend(query, key, value).transpose(1, 2), None
-    keys = segments if key_segments is None else key_segments
-    parts = zip(query.split(segments, 2), key.split(keys, 2), value.split(keys, 2), strict=True)
-    return torch.cat([attend(*part).transpose(1, 2) for part in parts], dim=1), None
+        segments = Segments([query.shape[2]], device, keys=[key.shape[2]], rooms=[key.shape[2]])
+    if torch.is_autocast_enabled(device.type):  # the rotation by float32 angles gives float32
+        query, key, value = (t.to(torch.get_autocast_dtype(device.type))
+                             for t in (query, key, value))
+    at_once = (segments.at_once and dropout == 0 and query.element_size() == 2
+               and query.shape[3] <= 256 and query.shape[3] % 8 == 0)
+    attend = attend_at_once if at_once else attend_in_turn
+    return attend(query, key, value, segments, scaling, dropout), None
+
+
+def attend_at_once(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float,
+                   _: float) -> Tensor:
+    """One call of flash attention. Its causal mask ends with the last query at the last key, and
+    queries of the same group of heads share the keys without a copy."""
+    out = varlen_attn(
+        *(t[0].transpose(0, 1) for t in (query, key, value)),                  # [T or Tk, .., Dh]
+        segments.bounds, segments.key_bounds, segments.longest, segments.most, scale=scaling,
+        # A single query sees every key: without a mask they are divided among more programs.
+        window_size=(-1, 0) if segments.longest > 1 else (-1, -1),
+        enable_gqa=query.shape[1] != key.shape[1], seqused_k=segments.used)
+    return out[None]
+
+
+def attend_in_turn(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float,
+                   dropout: float) -> Tensor:
+    """A call of SDPA for each sample."""
+    grouped, out = query.shape[1] != key.shape[1], []
+    if grouped and query.is_cuda:  # where only kernels that hold the whole [T, Tk] know groups
+        heads = query.shape[1] // key.shape[1]
+        key, value, grouped = (key.repeat_interleave(heads, 1),
+                               value.repeat_interleave(heads, 1), False)
+    samples = zip(query.split(segments.lengths, 2), key.split(segments.rooms, 2),
+                  value.split(segments.rooms, 2), segments.keys, strict=True)
+    with without_cudnn(query.device):
+        for q, k, v, keys in samples:
+            if keys < k.shape[2]:
+                k, v = k[:, :, :keys], v[:, :, :keys]
+            ahead, mask = keys - q.shape[2], None  # keys of the cache that every query may see
+            if ahead and q.shape[2] > 1:
+                mask = torch.ones(q.shape[2], keys, dtype=torch.bool, device=q.device).tril(ahead)
+            out.append(F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped,
+                is_causal=ahead == 0 and q.shape[2] > 1).transpose(1, 2))
+    return torch.cat(out, dim=1)
+
+
+def compile_layers(llm: PreTrainedModel, bf16: bool, device: torch.device) -> None:
+    """torch.compile for each of the decoder's layers. ValueError where not all samples attend in
+    one call: a call for each makes another program of every batch."""
+    if not (bf16 and takes_all_at_once(device)):
+        raise ValueError("--compile needs --bf16 and a GPU of the Ampere generation or newer")
+    for layer in llm.get_decoder().layers:
+        layer.compile(dynamic=True)  # packed rows have a new length in every batch
+
+
+def without_cudnn(device: torch.device) -> AbstractContextManager:
+    """SDPA on a GPU without cuDNN's way, which plans anew for every length and number of views."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                        SDPBackend.MATH])
 
 
 AttentionInterface.register("sliming_packed", packed_attention)
 
 
 class PackedCache(DynamicCache):
-    """Keys and values of several samples of different lengths, nothing padded.
+    """Keys and values of several samples of different lengths. Nothing is padded, but behind each
+    sample there is room: what is new is written there, and nothing that is kept is copied.
 
-    Call `extend` before each call of the decoder.
+        [ sample 0: T_0 rows | room | sample 1: T_1 rows | room | ... ]
+
+    Call `extend` before each call of the decoder, and hand it what that returns.
     """
+
+    ROOM = 128  # tokens that a sample may grow by before all are moved to new rooms
 
     def __init__(self):
         super().__init__()
-        self.new: list[int] = []      # tokens of each sample in the call at hand
-        self.lengths: list[int] = []  # and of all of it that is kept, the new ones included: T_i
-        self.kept: dict[int, list[list[Tensor]]] = {}  # layer: (keys, values) of [1, Hkv, T_i, Dh]
+        self.lengths: list[int] = []  # tokens kept of each sample, those of the call at hand
+        self.starts: list[int] = []   # included, and the row where each sample's room begins
+        self.rows = 0                 # of all rooms
+        self.moves: list[tuple[int, int, int]] | None = None  # (from, to, tokens) in this call
+        self.kept: dict[int, list[Tensor]] = {}  # layer: keys and values, each [rows, Hkv, Dh]
 
-    def extend(self, new: list[int]) -> tuple[list[int], list[int]]:
-        """Announces each sample's number of new tokens; returns its tokens before and after."""
+    def extend(self, new: list[int], device: torch.device) -> Segments:
+        """Announces each sample's number of new tokens, and finds them room."""
         before = self.lengths or [0] * len(new)
-        self.new, self.lengths = new, [old + more for old, more in zip(before, new, strict=True)]
-        return before, self.lengths
+        self.lengths = [old + more for old, more in zip(before, new, strict=True)]
+        self.moves = None
+        ends = [start + length for start, length in zip(self.starts, self.lengths, strict=False)]
+        if not ends or any(end > room for end, room in zip(ends, self.limits(), strict=True)):
+            starts = list(accumulate((length + self.ROOM for length in self.lengths), initial=0))
+            self.moves = list(zip(self.starts, starts, before, strict=False))
+            *self.starts, self.rows = starts
+        rooms = [end - start for start, end in zip(self.starts, self.limits(), strict=True)]
+        self.segments = Segments(new, device, rooms, list(self.lengths))
+        return self.segments
+
+    def limits(self) -> list[int]:
+        """The row where each sample's room ends."""
+        return [*self.starts[1:], self.rows]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_,
                **__) -> tuple[Tensor, Tensor]:
-        new = [states.split(self.new, 2) for states in (key_states, value_states)]
-        old = self.kept.get(layer_idx)
-        if old is not None:
-            new = [[torch.cat(pair, 2) for pair in zip(*both, strict=True)]
-                   for both in zip(old, new, strict=True)]
-        self.kept[layer_idx] = new
-        return torch.cat(new[0], 2), torch.cat(new[1], 2)
+        new = [states[0].transpose(0, 1) for states in (key_states, value_states)]  # [T, Hkv, Dh]
+        if self.moves is not None:
+            rooms = [states.new_empty(self.rows, *states.shape[1:]) for states in new]
+            for room, old in zip(rooms, self.kept.get(layer_idx, ()), strict=False):
+                for source, target, count in self.moves:
+                    room[target:target + count] = old[source:source + count]
+            self.kept[layer_idx] = rooms
+        views = []
+        for room, states in zip(self.kept[layer_idx], new, strict=True):
+            used = room[self.starts[0]:]
+            used.index_copy_(0, self.segments.rows, states)
+            views.append(used.transpose(0, 1)[None])                           # [1, Hkv, rows, Dh]
+        return tuple(views)
 
     def keep(self, samples: list[int]) -> None:
-        """Forgets all samples but these."""
+        """Forgets all samples but these; their rooms lie idle until all are moved."""
         self.lengths = [self.lengths[i] for i in samples]
-        self.kept = {layer: [[states[i] for i in samples] for states in both]
-                     for layer, both in self.kept.items()}
+        self.starts = [self.starts[i] for i in samples]

@@ -1,5 +1,4 @@
-"""Every setting: what a model is, what a stage shows and trains, how it learns, the flags of
-train.py.
+"""Every setting: what a model is, what a stage trains, how it learns, the flags of train.py.
 
 Nothing here needs torch, so that a wrong flag is named at once.
 """
@@ -21,8 +20,7 @@ from sliming.guard import plain
 class SliMEConfig:
     """Everything that a checkpoint needs to be built again. Defaults are the paper's.
 
-    Where the released code departs from the paper a field chooses, and
-    checkpoints/released.py sets it for released checkpoints.
+    Where the released code departs from the paper a field chooses; checkpoints/released sets it.
     """
 
     # Where the backbones came from: "tiny", a folder or a hub id.
@@ -41,6 +39,7 @@ class SliMEConfig:
     look_nearby: dict | None = None  # gains of QueryFormer.look_nearby; None: the paper
     slicing: str = "paper"           # rule of slicer.choose_grid
     global_view: str = "pad"         # or "squash"
+    resize: str = "pillow"           # or "torch": who resizes; see slicer.resizer
     max_side: int = 6                # crops along a side, at most
     max_crops: int | None = None     # crops of an image, at most
     separator: str = ","             # its embedding stands between global view and local tokens
@@ -117,9 +116,10 @@ class Recipe:
     max_tokens: int | None = None    # of a sample, before routing; longer ones lose crops
     token_budget: int | None = None  # of a micro-batch on one device, before routing
     micro_batch: int | None = None   # records of a micro-batch, at most
+    pool: int = 0                    # built-in pictures, read by the tower once; 0: always new ones
 
     def check(self, world: int, joined: bool) -> None:
-        """ValueError where the recipe does not fit `world` processes, `joined` by torchrun or not."""
+        """ValueError where the recipe does not fit `world` processes (`joined`: by torchrun)."""
         if self.batch_size % world:
             fits = self.batch_size // world * world or world
             raise ValueError(f"a global batch of {self.batch_size} records cannot be shared evenly "
@@ -162,7 +162,7 @@ PRESETS = {
     # 64 patches and 16 queries per crop. Steps are few, so the compression begins where long
     # training would bring it: each query looks at its own place first (QueryFormer.look_nearby).
     "tiny": Preset(
-        SliMEConfig(vision="tiny", llm="tiny", vision_layer=-1, num_queries=16,
+        SliMEConfig(vision="tiny", llm="tiny", vision_layer=-1, num_queries=16, resize="torch",
                     look_nearby={"content": 0.1, "near": 9.0, "far": 0.1, "share": 6 / 32}),
         {1: Recipe(16, 2e-3, steps=400), 2: Recipe(16, 2e-3, steps=350),
          3: Recipe(16, 1e-3, 1e-3, steps=450)}),
@@ -206,8 +206,7 @@ def flag(text: str, default=None, read=str, choices: tuple | None = None):
 
 @dataclass
 class TrainConfig:
-    """The flags of train.py. The last group takes the preset's value for the stage where not
-    given."""
+    """The flags of train.py. One of the last group that is not given has the preset's value."""
 
     stage: str = flag("which stage(s) to run", "all", choices=("1", "2", "3", "all"))
     preset: str = flag("model and hyperparameters", "tiny", choices=tuple(PRESETS))
@@ -218,6 +217,9 @@ class TrainConfig:
     images: str = flag("folder that the image paths in --data are relative to", ".")
     vision: str | None = flag("folder or hub id of the vision tower, instead of the preset's")
     llm: str | None = flag("folder or hub id of the language model, instead of the preset's")
+    resize: str | None = flag("who resizes images, instead of the preset's or the checkpoint's: "
+                              "pillow, or torch in a fraction of the time",
+                              choices=("pillow", "torch"))
     init_from: str | None = flag("checkpoint to start from, instead of the stage before (for stage "
                                  "1, the backbones); also a stage folder of the released code")
     resume: str = flag("auto: go on with an interrupted run in --out; never: start anew", "auto",
@@ -225,8 +227,9 @@ class TrainConfig:
     save_every: int = flag("steps between states to resume from", 200, COUNT)
     keep: int = flag("states to keep", 2, COUNT)
     seed: int = flag("of initialisation, order, noise and the built-in pictures", 0, SEED)
-    workers: int = flag("processes per rank that read and slice images; 0: the training process", 0,
-                        WORKERS)
+    workers: int | None = flag("processes per rank that read and slice images, 0: the training "
+                               "process itself; by default 4 where there is a GPU, else 0", None,
+                               WORKERS)
     strict_data: bool = flag("stop at a bad record instead of skipping and counting it", False)
     eval_questions: int = flag("held-out questions of each family after each stage of the tiny "
                                "preset; 0: none", 512, NATURAL)
@@ -235,7 +238,7 @@ class TrainConfig:
     adapter_schedule: str = flag("stage 1: together, or alternate (the MLP first, then the query "
                                  "former behind it)", "together",
                                  choices=("together", "alternate"))
-    compile: bool = flag("torch.compile the language model's layers", False)
+    compile: bool = flag("torch.compile the language model's layers (a GPU and --bf16)", False)
     tensorboard: bool = flag("also write TensorBoard's files (pip install tensorboard)", False)
 
     max_steps: int | None = flag("optimizer steps per stage", None, COUNT)
@@ -255,6 +258,9 @@ class TrainConfig:
     max_tokens: int | None = flag("tokens of a sample at most, before routing: longer ones lose "
                                   "crops, never words", None, COUNT)
     token_budget: int | None = flag("tokens of a micro-batch at most, before routing", None, COUNT)
+    pool: int | None = flag("built-in pictures per stage, which the vision tower reads once and "
+                            "which come back with new words; 0: a new picture every time", None,
+                            NATURAL)
 
     def recipe(self, stage: int) -> Recipe:
         """The preset's recipe for a stage, with the flags that were given."""
@@ -265,6 +271,10 @@ class TrainConfig:
         if "llm" not in STAGES[stage].trained:
             given["lora"] = False
         return replace(PRESETS[self.preset].recipes[stage], **given)
+
+    def readers(self, device: str) -> int:
+        """Data workers of a rank on a device of that type."""
+        return (4 if device == "cuda" else 0) if self.workers is None else self.workers
 
     @classmethod
     def from_flags(cls, description: str, words: list[str] | None = None) -> "TrainConfig":
@@ -281,6 +291,8 @@ class TrainConfig:
         words = sys.argv[1:] if words is None else words
         words = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in words]
         config = cls(**vars(parser.parse_args(words)))
+        if config.pool and (config.data or config.max_tokens):
+            parser.error("--pool is of whole built-in pictures: leave --data and --max-tokens away")
         if config.stage == "all" and config.init_from:
             parser.error("--init-from says where one stage starts: name the stage with --stage")
         # A checkpoint brings its backbones; the released stage files do not.

@@ -27,9 +27,10 @@ from torch.utils.data import Dataset
 from sliming.chat import IMAGE, encode
 from sliming.config import Recipe
 from sliming.guard import fingerprint, open_file
-from sliming.images import open_image
+from sliming.images import full_size
 from sliming.inputs import Batch, Processor, Sample
 from sliming.records import RecordError, elements, inside, parse
+from sliming.slicer import Slices
 
 SMALL = 1 << 24  # bytes of a file that is indexed anew each time, in a fraction of a second
 
@@ -95,6 +96,10 @@ class RecordFile(Sequence):
             except OSError:  # read-only, or full
                 if temporary:
                     Path(temporary).unlink(missing_ok=True)
+
+    def __reduce__(self) -> tuple:
+        """A worker that is handed the file opens it anew: the index is not copied."""
+        return RecordFile, (self.path,)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -193,14 +198,17 @@ def load_sample(record: dict, folder: Path | None, template: str, processor: Pro
                 if not isinstance(image, str):
                     raise RecordError(f"an image must be a path, not {type(image).__name__}")
             images = [inside(folder, image) for image in images]
-        opened = [open_image(image) for image in images]
+        # Pictures that the tower has read already come as they are.
+        opened = [image if isinstance(image, Slices) else processor.open(image)
+                  for image in images]
         text = encode(turns, template, processor.tokenizer)
     except (ValueError, OSError, TypeError) as error:  # the last for half a surrogate pair
         raise RecordError(f"{name}: {error}") from error
     limit = processor.config.max_crops
     max_tokens = min(filter(None, (max_tokens, processor.context)), default=None)
     while max_tokens is not None:
-        grids = [processor.grid(image.width, image.height, limit) for image in opened]
+        grids = [image.grid if isinstance(image, Slices) else
+                 processor.grid(*full_size(image), limit) for image in opened]
         length = processor.token_count(text, grids, parts)
         if length <= max_tokens:
             break
@@ -208,7 +216,8 @@ def load_sample(record: dict, folder: Path | None, template: str, processor: Pro
         if limit == 0 or parts == "global":
             raise RecordError(f"{name}: {length} tokens with the fewest crops, the limit is "
                               f"{max_tokens}; shorten the conversation")
-    return Sample(text, [processor.slice(image, limit, parts) for image in opened])
+    return Sample(text, [image if isinstance(image, Slices) else
+                         processor.slice(image, limit, parts) for image in opened])
 
 
 # -------------------------------------------------------------------------------------------- order

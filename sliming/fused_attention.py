@@ -1,93 +1,69 @@
-"""Cross-attention of shared queries to every crop: one Triton kernel forward, two backward (Sec. 2.2).
+"""Cross-attention of shared queries to every crop: one Triton kernel forward, two backward.
 
 For each crop b and head h, with queries q_n and key biases c_l that are the same for every crop:
 
     k'_bl = k_bl + c_l             S_bnl  = s q_n . k'_bl, s = 1 / sqrt(Dh)
     P_bnl = exp(S_bnl - lse_bn)    lse_bn = log sum_l exp(S_bnl)             o_bn = sum_l P_bnl v_bl
 
-and for a loss with gradient do_bn = d loss / d o_bn, from the product rule and the softmax's Jacobian:
+and with do_bn = d loss / d o_bn, from the product rule and the softmax's Jacobian:
 
     delta_bn = do_bn . o_bn                        dS_bnl = P_bnl (do_bn . v_bl - delta_bn)
     dv_bl = sum_n P_bnl do_bn                      dq_n = s sum_b sum_l dS_bnl k'_bl
     dk_bl = s sum_n dS_bnl q_n                     dc_l = sum_b dk_bl
 
-No [Nq, L] matrix reaches memory. The forward pass walks over blocks of keys with a running maximum m and a
-running sum t of exp(S - m); whenever m grows, t and the output so far shrink by exp(m_old - m_new) (online
-softmax). It keeps o and lse only; the backward pass makes P again from lse. Exponentials are to base 2, the
-hardware's own.
+No [Nq, L] matrix reaches memory. The forward pass walks over blocks of keys with a running maximum
+m and a running sum t of exp(S - m); whenever m grows, t and the output so far shrink by
+exp(m_old - m_new) (online softmax). It keeps o and lse only; the backward pass makes P again from
+lse. Exponentials are to base 2, the hardware's own.
 
-A program is a group of warps that owns a tile of the result. It loads blocks from global memory (HBM, through
-the L2 cache), multiplies them on the tensor cores, and writes its tile once:
+A program is a group of warps that owns a tile of the result, which it writes once:
 
     forward_kernel   owns (queries, head, crop)     loops over keys               writes o, lse
-    dq_kernel        owns (queries, head, split)    loops over crops, then keys   writes delta, a partial dq
+    dq_kernel        owns (queries, head, split)    loops over crops, then keys   writes delta, dq
     dkdv_kernel      owns (keys, head, crop)        loops over queries            writes dk, dv
 
-Accumulators, maxima and sums are float32 in registers. Operands of products lie in shared memory, where the
-next block is loaded while this one is multiplied (num_stages blocks at a time). A split is every SPLITS-th
-crop: dq has no crop axis, so its owner adds crops up in registers, in order, and torch adds the partial sums
-[SPLITS, H, Nq, Dh]. Nothing is added atomically, so equal inputs give equal bits. dq_kernel meets every
-(crop, query) once and before dkdv_kernel runs, so it is the one that writes delta.
+A split is every SPLITS-th crop: dq has no crop axis, so its owner adds crops up in order, and torch
+adds the splits' sums. Nothing is added atomically, so equal inputs give equal bits. dq_kernel meets
+every (crop, query) once and runs before dkdv_kernel, so it is the one that writes delta. Counts,
+tiles, registers and why c is added to keys: "The query former's kernel" in README.md.
 
-Counts per crop, D = H Dh, bytes for 2-byte numbers; in brackets L = 576, Nq = 144, D = 1024:
-
-    forward     4 Nq L D FLOP  [0.34 G]   k, v in, o out: 2 D (2 L + Nq) bytes                   [2.65 MB]
-    backward   14 Nq L D FLOP  [1.19 G]   k, v twice, o, do twice, dk, dv: 2 D (6 L + 3 Nq)      [7.96 MB]
-
-At 3 TB/s and 600 TFLOP/s, what an H100 gives in practice, the bytes take 0.9 us forward and 2.7 backward, the
-FLOP 0.6 and 2.0: bound by memory, but not by much, so neither may be wasted. A single backward kernel would
-need 10 Nq L D FLOP and read k and v once, but hold dq of all queries beside dk and dv: 144 rows of 128
-float32 are 72 of the 256 KiB of registers of a multiprocessor, of which P, dS, dk and dv need the rest. Hence
-two.
-
-Tiles. Their sides are powers of two, at least 16 for tensor cores. 144 is not one: a second tile of 128 would
-compute 78 % too many rows, tiles of 64 33 %. So a program owns MAIN rows and a second tile of TAIL rows,
-144 = 128 + 16: nothing is computed in vain, both tiles use one load of k and v, and as one program has all
-queries of a crop, k and v are read once per pass (the 576 queries of the global view make four programs,
-neighbours that share L2). `query_tiles` finds the pair for any Nq. In dkdv_kernel queries are the loop: steps
-of 16 fit 144, steps of 32 waste a tenth. Keys come in blocks of 32 or 64, divisors of 576. The first call of
-a size times the few (block, warps, stages) listed at each kernel. As Triton 3.9 compiles them for an H100
-(bfloat16, Dh = 128, 128 + 16 rows, the first choice of each): forward 221 of 255 registers a thread, 68 KiB
-shared; dq 255, with 16 bytes a thread spilled, and 104 KiB; dkdv, 64 keys a program, 220 and 48 KiB.
-
-Why c is added to keys, not to scores: [H, L, Dh] is 1.2 MB for all crops and stays in L2, and its gradient is
-a sum of dk. On scores it would be q . c, [H, Nq, L]: 2.7 MB in float32, 10.6 at Nq = 576, with a sum over
-crops of its own in the backward pass. Adding c before the call would read and write all keys once more,
-2.4 MB of HBM per crop.
-
-Shapes: B crops, H heads, Nq queries, L keys (patches of a crop), Dh channels of a head: 32, 64 or 128.
+Shapes: B crops, H heads, Nq queries, L keys (patches of a crop), Dh channels of a head.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 HEAD_SIZES = (32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED = triton.knobs.runtime.interpret     # TRITON_INTERPRET=1: kernels run in numpy on the CPU
+INTERPRETED = triton.knobs.runtime.interpret     # TRITON_INTERPRET=1: in numpy on the CPU
 EMULATED = tl.constexpr(INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def configs(*choices: tuple[int, int, int], block: str) -> list[triton.Config]:
-    """(size of ``block``, warps, stages) -> what autotuning tries; only the first where interpreted."""
+    """(size of `block`, warps, stages) -> what autotuning tries; interpreted, only the first."""
     return [triton.Config({block: size}, num_warps=warps, num_stages=stages)
             for size, warps, stages in (choices[:1] if INTERPRETED else choices)]
 
 
-def suited(choices: list[triton.Config], _, MAIN: int, PRECISION: str, **rest) -> list[triton.Config]:
-    """The choices whose tiles fit the registers: 8 warps for 128 rows, else 4; small blocks for float32."""
-    return [choice for choice in choices if choice.num_warps == (8 if MAIN == 128 else 4)
-            and (PRECISION != "ieee" or choice.kwargs["BLOCK_L"] == 32)]
+def suited(choices: list[triton.Config], _, MAIN: int, PRECISION: str,
+           **rest) -> list[triton.Config]:
+    """Those whose tiles fit the registers: 8 warps for 128 rows and for float32, which also takes
+    small blocks, else 4."""
+    exact = PRECISION == "ieee"
+    return [choice for choice in choices if choice.num_warps == (8 if MAIN == 128 or exact else 4)
+            and (not exact or choice.kwargs["BLOCK_L"] == 32)]
 
 
 def query_tiles(num_queries: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """(MAIN, TAIL, programs) that cover Nq rows at the least cost, in rows.
 
-    A program costs its rows, padding included, and its loads of k and v, which take as long as the products
-    of about 100 rows (L2 at 5.5 TB/s against 600 TFLOP/s).
+    A program costs its rows, padding included, and its loads of k and v, which take as long as the
+    products of about 100 rows (L2 at 5.5 TB/s against 600 TFLOP/s).
     """
-    # float32 products do not run on tensor cores (see `precision`): small tiles, or registers overflow.
+    # float32 products do not run on tensor cores: small tiles, or registers overflow.
     mains = (16, 32) if dtype == torch.float32 else (16, 32, 64, 128)
     pairs = [(main, tail) for main in mains for tail in (0, 16, 32) if tail < main]
     plans = [(main, tail, -(-num_queries // (main + tail))) for main, tail in pairs]
@@ -95,14 +71,14 @@ def query_tiles(num_queries: int, dtype: torch.dtype) -> tuple[int, int, int]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies: float32 exactly ("ieee"), as its default, TF32, keeps 10 of 23 mantissa bits."""
+    """How tl.dot multiplies: float32 exactly, as its default, TF32, has 10 of 23 mantissa bits."""
     return "ieee" if dtype == torch.float32 else "tf32"        # no effect on 2-byte numbers
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """a @ b + acc in float32."""
-    if EMULATED:                                       # numpy has no bfloat16; float32 holds its values
+    if EMULATED:                     # numpy has no bfloat16; float32 holds its values
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -123,16 +99,17 @@ def store_rows(pointer, tile, rows, count, stride, DH: tl.constexpr):
 
 @triton.jit
 def load_keys(K, C, h, rows, L, stride, DH: tl.constexpr, BIAS: tl.constexpr):
-    """A block of one crop's keys k' = k + c; K points at the crop's head, C at [H, L, DH] contiguous."""
+    """A block of one crop's keys k' = k + c; K points at the crop's head, C at [H, L, DH]."""
     k = load_rows(K, rows, L, stride, DH)
     if BIAS:
-        k = (k.to(tl.float32) + load_rows(C + h * L * DH, rows, L, DH, DH).to(tl.float32)).to(k.dtype)
+        k = (k.to(tl.float32)
+             + load_rows(C + h * L * DH, rows, L, DH, DH).to(tl.float32)).to(k.dtype)
     return k
 
 
 @triton.jit
 def softmax_step(q, k, v, valid, top, total, acc, scale, PRECISION: tl.constexpr):
-    """One block of keys for one tile of queries: the running maximum, the running sum, the output so far."""
+    """One block of keys for a tile of queries: running maximum, running sum, output so far."""
     s = dot(q, tl.trans(k), None, PRECISION) * (scale * LOG2_E)    # [rows, BLOCK_L]
     s = tl.where(valid[None, :], s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))            # finite: the first block has a valid key
@@ -148,16 +125,18 @@ def finish_softmax(OUT, LSE, top, total, acc, rows, NQ, stride, DH: tl.constexpr
     tl.store(LSE + rows, top + tl.log2(total), mask=rows < NQ)
 
 
-@triton.autotune(configs((32, 8, 2), (32, 8, 3), (64, 8, 2), (32, 4, 2), (64, 4, 2), block="BLOCK_L"),
+@triton.autotune(configs((32, 8, 2), (32, 8, 3), (64, 8, 2), (32, 4, 2), (64, 4, 2),
+                         block="BLOCK_L"),
                  key=["NQ", "L", "DH"], prune_configs_by={"early_config_prune": suited})
 @triton.jit
-def forward_kernel(Q, K, V, C, OUT, LSE, scale, H, NQ, L, TILES, k_crop, k_head, k_row, v_crop, v_head, v_row,
+def forward_kernel(Q, K, V, C, OUT, LSE, scale, H, NQ, L, TILES,
+                   k_crop, k_head, k_row, v_crop, v_head, v_row,
                    DH: tl.constexpr, BIAS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
                    PRECISION: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Q [H, NQ, DH], K and V [B, H, L, DH] with strides -> OUT [B, NQ, H, DH], LSE [B, H, NQ] to base 2."""
-    index = tl.program_id(0)                           # neighbours have one crop and head, and share its L2
+    """Q [H, NQ, DH], K, V [B, H, L, DH] with strides -> OUT [B, NQ, H, DH], LSE [B, H, NQ]."""
+    index = tl.program_id(0)         # neighbours have one crop and head, and share its L2
     h = (index // TILES) % H
-    b = (index // (TILES * H)).to(tl.int64)            # 64 bits: from 3,641 crops on, offsets pass 2^31
+    b = (index // (TILES * H)).to(tl.int64)  # from 3,641 crops on, offsets pass 2^31
     K += b * k_crop + h * k_head
     V += b * v_crop + h * v_head
     OUT += (b * NQ * H + h) * DH
@@ -179,8 +158,8 @@ def forward_kernel(Q, K, V, C, OUT, LSE, scale, H, NQ, L, TILES, k_crop, k_head,
         v = load_rows(V, keys, L, v_row, DH)
         top, total, acc = softmax_step(q, k, v, keys < L, top, total, acc, scale, PRECISION)
         if TAIL:
-            tail_top, tail_total, tail_acc = softmax_step(tail_q, k, v, keys < L, tail_top, tail_total,
-                                                          tail_acc, scale, PRECISION)
+            tail_top, tail_total, tail_acc = softmax_step(
+                tail_q, k, v, keys < L, tail_top, tail_total, tail_acc, scale, PRECISION)
     finish_softmax(OUT, LSE, top, total, acc, rows, NQ, H * DH, DH)
     if TAIL:
         finish_softmax(OUT, LSE, tail_top, tail_total, tail_acc, tail_rows, NQ, H * DH, DH)
@@ -200,7 +179,7 @@ def load_crop(OUT, DOUT, LSE, DELTA, rows, NQ, stride, DH: tl.constexpr):
 def dq_step(q, do, k, v, valid, lse, delta, dq, scale, PRECISION: tl.constexpr):
     """Adds one block of keys to dq / scale of one tile of queries."""
     s = dot(q, tl.trans(k), None, PRECISION) * (scale * LOG2_E)    # [rows, BLOCK_L]
-    # Keys beyond L score 0, and exp2(0 - lse) may overflow: they must be zeroed, not only multiplied by zero.
+    # Keys beyond L score 0, and exp2(0 - lse) may overflow: set to zero, not only multiplied by it.
     p = tl.where(valid[None, :], tl.exp2(s - lse[:, None]), 0.0)
     ds = p * (dot(do, tl.trans(v), None, PRECISION) - delta[:, None])
     return dot(ds.to(k.dtype), k, dq, PRECISION)
@@ -213,7 +192,7 @@ def dq_kernel(Q, K, V, C, OUT, DOUT, LSE, DELTA, DQ, scale, B, H, NQ, L, TILES, 
               k_crop, k_head, k_row, v_crop, v_head, v_row,
               DH: tl.constexpr, BIAS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
               PRECISION: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Writes DELTA [B, H, NQ] and DQ [SPLITS, H, NQ, DH], float32; a split's crops are added in order."""
+    """Writes DELTA [B, H, NQ] and DQ [SPLITS, H, NQ, DH], float32."""
     index = tl.program_id(0)
     h = (index // TILES) % H
     split = index // (TILES * H)
@@ -228,18 +207,19 @@ def dq_kernel(Q, K, V, C, OUT, DOUT, LSE, DELTA, DQ, scale, B, H, NQ, L, TILES, 
         b = tl.cast(crop, tl.int64)
         here = (b * NQ * H + h) * DH                   # of OUT and DOUT [B, NQ, H, DH]
         line = (b * H + h) * NQ                        # of LSE and DELTA [B, H, NQ]
-        do, lse, delta = load_crop(OUT + here, DOUT + here, LSE + line, DELTA + line, rows, NQ, H * DH, DH)
+        do, lse, delta = load_crop(OUT + here, DOUT + here, LSE + line, DELTA + line,
+                                   rows, NQ, H * DH, DH)
         if TAIL:
-            tail_do, tail_lse, tail_delta = load_crop(OUT + here, DOUT + here, LSE + line, DELTA + line,
-                                                      tail_rows, NQ, H * DH, DH)
+            tail_do, tail_lse, tail_delta = load_crop(
+                OUT + here, DOUT + here, LSE + line, DELTA + line, tail_rows, NQ, H * DH, DH)
         for start in range(0, L, BLOCK_L):
             keys = start + tl.arange(0, BLOCK_L)
             k = load_keys(K + b * k_crop + h * k_head, C, h, keys, L, k_row, DH, BIAS)
             v = load_rows(V + b * v_crop + h * v_head, keys, L, v_row, DH)
             dq = dq_step(q, do, k, v, keys < L, lse, delta, dq, scale, PRECISION)
             if TAIL:
-                tail_dq = dq_step(tail_q, tail_do, k, v, keys < L, tail_lse, tail_delta, tail_dq, scale,
-                                  PRECISION)
+                tail_dq = dq_step(tail_q, tail_do, k, v, keys < L, tail_lse, tail_delta, tail_dq,
+                                  scale, PRECISION)
     DQ += (split * H + h).to(tl.int64) * NQ * DH
     store_rows(DQ, dq * scale, rows, NQ, DH, DH)
     if TAIL:
@@ -253,7 +233,7 @@ def dkdv_kernel(Q, K, V, C, DOUT, LSE, DELTA, DK, DV, scale, H, NQ, L, TILES,
                 k_crop, k_head, k_row, v_crop, v_head, v_row,
                 DH: tl.constexpr, BIAS: tl.constexpr, BLOCK_L: tl.constexpr,
                 PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Writes DK and DV [B, L, H, DH]. Scores are transposed: sums over queries are then products."""
+    """Writes DK and DV [B, L, H, DH]. Scores are transposed: sums over queries are products."""
     index = tl.program_id(0)
     h = (index // TILES) % H
     b = (index // (TILES * H)).to(tl.int64)
@@ -264,13 +244,13 @@ def dkdv_kernel(Q, K, V, C, DOUT, LSE, DELTA, DK, DV, scale, H, NQ, L, TILES,
     dv = tl.zeros([BLOCK_L, DH], tl.float32)
     for start in range(0, NQ, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
-        # Rows beyond NQ: q = do = 0 and lse = delta = 0, so p = 1 meets do = 0 and ds = 0: they add nothing.
+        # Rows beyond NQ have q = do = lse = delta = 0, so p = 1 meets do = 0 and ds = 0.
         q = load_rows(Q + h * NQ * DH, rows, NQ, DH, DH)
         do = load_rows(DOUT + (b * NQ * H + h) * DH, rows, NQ, H * DH, DH)
         lse = tl.load(LSE + (b * H + h) * NQ + rows, mask=rows < NQ, other=0.0)
         delta = tl.load(DELTA + (b * H + h) * NQ + rows, mask=rows < NQ, other=0.0)
         s = dot(k, tl.trans(q), None, PRECISION) * (scale * LOG2_E)    # [BLOCK_L, BLOCK_N]
-        p = tl.exp2(s - lse[None, :])                  # keys beyond L: may overflow, rows that nobody stores
+        p = tl.exp2(s - lse[None, :])  # may overflow for keys beyond L, rows that nobody stores
         dv = dot(p.to(do.dtype), do, dv, PRECISION)
         ds = p * (dot(v, tl.trans(do), None, PRECISION) - delta[None, :])
         dk = dot(ds.to(q.dtype), q, dk, PRECISION)
@@ -279,15 +259,15 @@ def dkdv_kernel(Q, K, V, C, DOUT, LSE, DELTA, DK, DV, scale, H, NQ, L, TILES,
     store_rows(DV + here, dv, keys, L, H * DH, DH)
 
 
-def shared_arguments(q: torch.Tensor, key_bias: torch.Tensor | None) -> dict:
+def shared_arguments(q: Tensor, key_bias: Tensor | None) -> dict:
     """The kernels' compile-time arguments that follow from the tensors."""
     return {"DH": q.shape[-1], "BIAS": key_bias is not None, "PRECISION": precision(q.dtype)}
 
 
 # Operators of torch, so that torch.compile and autograd see one node each and need not look inside.
 @torch.library.custom_op("sliming::query_attention", mutates_args=())
-def forward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               key_bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_op(q: Tensor, k: Tensor, v: Tensor,
+               key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """-> out [B, Nq, H, Dh] in q's dtype, logsumexp to base 2 float32 [B, H, Nq]."""
     (heads, queries, width), (crops, _, patches, _) = q.shape, k.shape
     out = q.new_empty(crops, queries, heads, width)
@@ -301,9 +281,8 @@ def forward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 
 @torch.library.custom_op("sliming::query_attention_backward", mutates_args=())
-def backward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_bias: torch.Tensor | None,
-                out: torch.Tensor, lse: torch.Tensor,
-                dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward_op(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, out: Tensor, lse: Tensor,
+                dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq [H, Nq, Dh], dk and dv [B, L, H, Dh], in q's dtype."""
     (heads, queries, width), (crops, _, patches, _) = q.shape, k.shape
     dk, dv = (q.new_empty(crops, patches, heads, width) for _ in range(2))
@@ -311,14 +290,14 @@ def backward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_bias: tor
         return torch.zeros_like(q), dk, dv
     arguments = shared_arguments(q, key_bias)
     main, tail, tiles = query_tiles(queries, q.dtype)
-    # Two programs per multiprocessor; the number is fixed for a device, and with it the order of the sum.
+    # Two programs per multiprocessor: fixed for a device, and with it the order of the sum.
     units = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
     splits = min(crops, -(-2 * units // (heads * tiles)))
     dq = q.new_empty(splits, heads, queries, width, dtype=torch.float32)
     delta = torch.empty_like(lse)
     dq_kernel[(splits * heads * tiles,)](
-        q, k, v, key_bias, out, dout, lse, delta, dq, width**-0.5, crops, heads, queries, patches, tiles,
-        splits, *k.stride()[:3], *v.stride()[:3], MAIN=main, TAIL=tail, **arguments)
+        q, k, v, key_bias, out, dout, lse, delta, dq, width**-0.5, crops, heads, queries, patches,
+        tiles, splits, *k.stride()[:3], *v.stride()[:3], MAIN=main, TAIL=tail, **arguments)
     block = 32 if q.dtype == torch.float32 else 64
     blocks = -(-patches // block)
     dkdv_kernel[(crops * heads * blocks,)](
@@ -345,7 +324,7 @@ def save_for_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs, *output)
 
 
-def backward(ctx, dout: torch.Tensor, _):
+def backward(ctx, dout: Tensor, _):
     q, k, v, key_bias, out, lse = ctx.saved_tensors
     dq, dk, dv = backward_op(q, k, v, key_bias, out, lse, dout.contiguous())
     dc = None if key_bias is None else dk.sum(0).transpose(0, 1)               # [H, L, Dh]
@@ -355,14 +334,12 @@ def backward(ctx, dout: torch.Tensor, _):
 forward_op.register_autograd(backward, setup_context=save_for_backward)
 
 
-def fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                    key_bias: torch.Tensor | None = None) -> torch.Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> Tensor:
     """The attention of the module docstring; arguments and result as in `qformer.query_attention`.
 
-    Needs a CUDA device or Triton's interpreter, one dtype of DTYPES for all and Dh in HEAD_SIZES; L >= 1.
+    Needs a CUDA device or Triton's interpreter, one of DTYPES for all, Dh in HEAD_SIZES and L >= 1.
     """
-    # Views of [B, L, D] projections are read as they are. Only channels that are not contiguous would be
-    # copied.
+    # Views of [B, L, D] projections are read as they are, unless their channels are strided.
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     key_bias = None if key_bias is None else key_bias.contiguous()
     out, _ = forward_op(q.contiguous(), k, v, key_bias)

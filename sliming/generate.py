@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from sliming.backbones import PackedCache
 from sliming.chat import IGNORE, encode, end_token, without_markers
@@ -57,18 +56,19 @@ class Answering:
         return [self.processor.tokenizer.decode(ids).strip() for ids in answers]
 
     def answer_all(self, todo: list, read: Callable[[Any], Sample], batch_size: int,
-                   **options) -> Iterator[list[str]]:
-        """Answers to whatever `read` makes prompts of, batch after batch. The next batch is read
-        while the model answers. Options of `generate_batch`."""
+                   **options) -> Iterator[list[tuple[Any, str]]]:
+        """Whatever `read` makes prompts of, each with its answer, batch after batch. The next batch
+        is read while the model answers. Options of `generate_batch`."""
         batches = [todo[at:at + batch_size] for at in range(0, len(todo), batch_size)]
         with ThreadPoolExecutor(1) as reader:
             reading = (reader.submit(lambda batch=batch: [read(one) for one in batch])
                        for batch in batches)
             coming = next(reading, None)
-            while coming is not None:
+            for batch in batches:
                 samples, coming = coming.result(), next(reading, None)
                 answers = self.generate_batch(samples, **options)
-                yield [self.processor.tokenizer.decode(ids).strip() for ids in answers]
+                texts = [self.processor.tokenizer.decode(ids).strip() for ids in answers]
+                yield list(zip(batch, texts, strict=True))
 
     def stream(self, sample: Sample, **options) -> Iterator[str]:
         """The answer as text, piece by piece; options of `generate`."""
@@ -88,32 +88,26 @@ class Answering:
     @torch.no_grad()
     def generate(self, sample: Sample, *, gamma: float | None = None, max_new_tokens: int = 128,
                  temperature: float = 0.0, top_p: float = 1.0,
-                 cache: DynamicCache | None = None) -> Iterator[int]:
+                 cache: PackedCache | None = None) -> Iterator[int]:
         """Yields the answer's token ids as they come, without the end token.
 
         `temperature` 0 is greedy. `top_p` < 1 draws from the smallest set of tokens with that much
         probability. `cache`: keys and values of what came before `sample`; those of `sample` and of
         the answer, its last token not, are added.
         """
-        inputs, _ = self.embed_prompts([sample], gamma)                        # [T, D]
-        cache = DynamicCache(config=self.llm.config) if cache is None else cache
-        position = cache.get_seq_length()
-        if self.room(position + len(inputs)) < max_new_tokens:
-            raise ValueError(f"{position + len(inputs)} tokens and an answer of {max_new_tokens} "
-                             f"exceed the language model's context of {self.processor.context}: "
-                             "begin a new conversation, or lower --max-new-tokens")
+        inputs, lengths = self.embed_prompts([sample], gamma)                  # [T, D]
+        cache = PackedCache() if cache is None else cache
+        used = sum(cache.lengths) + len(inputs)
+        if self.room(used) < max_new_tokens:
+            raise ValueError(f"{used} tokens and an answer of {max_new_tokens} exceed the language "
+                             f"model's context of {self.processor.context}: begin a new "
+                             "conversation, or lower --max-new-tokens")
         for _ in range(max_new_tokens):
-            positions = torch.arange(position, position + len(inputs), device=inputs.device)
-            hidden = self.llm.get_decoder()(
-                inputs_embeds=inputs[None], position_ids=positions[None], cache=cache,
-                use_cache=True).last_hidden_state                              # [1, T, D]
-            logits = self.llm.get_output_embeddings()(hidden[0, -1:])          # [1, C]
-            token = int(sample_tokens(logits, temperature, top_p))
-            if token in self.end_ids:
+            token = sample_tokens(self.read(inputs, lengths, cache), temperature, top_p)  # [1]
+            if int(token) in self.end_ids:
                 return
-            yield token
-            position += len(inputs)
-            inputs = self.embed_tokens([token])                                # [1, D]
+            yield int(token)
+            inputs, lengths = self.llm.get_input_embeddings()(token), [1]      # [1, D]
 
     @torch.no_grad()
     def generate_batch(self, samples: list[Sample], *, gamma: float | None = None,
@@ -126,26 +120,30 @@ class Answering:
         answers: list[list[int]] = [[] for _ in samples]
         running, cache = list(range(len(samples))), PackedCache()
         for _ in range(min(max_new_tokens, self.room(max(lengths)))):
-            starts, ends = cache.extend(lengths)
-            positions = torch.cat([torch.arange(*span) for span in zip(starts, ends, strict=True)])
-            hidden = self.llm.get_decoder()(
-                inputs_embeds=inputs[None], position_ids=positions[None].to(inputs.device),
-                cache=cache, segments=lengths, key_segments=ends,
-                use_cache=True).last_hidden_state[0]                           # [T, D]
-            last = torch.tensor(lengths, device=inputs.device).cumsum(0) - 1   # [running]
-            logits = self.llm.get_output_embeddings()(hidden[last])            # [running, C]
-            tokens = sample_tokens(logits, temperature, top_p).tolist()
-            going = [i for i, token in enumerate(tokens) if token not in self.end_ids]
+            tokens = sample_tokens(self.read(inputs, lengths, cache), temperature, top_p)
+            ids = tokens.tolist()                                              # [running]
+            going = [i for i, token in enumerate(ids) if token not in self.end_ids]
             for i in going:
-                answers[running[i]].append(tokens[i])
+                answers[running[i]].append(ids[i])
             if not going:
                 break
-            if len(going) < len(tokens):
+            if len(going) < len(ids):
                 cache.keep(going)
+                tokens = tokens[going]
             running = [running[i] for i in going]
-            inputs = self.embed_tokens([tokens[i] for i in going])             # [running, D]
+            inputs = self.llm.get_input_embeddings()(tokens)                   # [running, D]
             lengths = [1] * len(going)
         return answers
+
+    def read(self, inputs: Tensor, lengths: list[int], cache: PackedCache) -> Tensor:
+        """The language model reads on, for every sample where `cache` ends: [T, D] and lengths, sum
+        T -> logits behind each sample's last token [samples, C]."""
+        segments = cache.extend(lengths, inputs.device)
+        output = self.llm.get_decoder()(
+            inputs_embeds=inputs[None], position_ids=segments.positions[None], cache=cache,
+            segments=segments, use_cache=True)
+        last = output.last_hidden_state[0, segments.bounds[1:] - 1]            # [samples, D]
+        return self.llm.get_output_embeddings()(last)
 
     def room(self, used: int) -> int:
         """How many tokens an answer may have behind `used` others. The last one is not read."""
@@ -162,10 +160,6 @@ class Answering:
         self.train(training)
         return inputs, lengths
 
-    def embed_tokens(self, tokens: list[int]) -> Tensor:
-        """Token ids -> [len(tokens), D]."""
-        return self.llm.get_input_embeddings()(torch.tensor(tokens, device=self.device))
-
 
 class Conversation:
     """Questions and answers about images, with one cache of keys and values: each turn computes its
@@ -179,7 +173,7 @@ class Conversation:
                  **options):
         self.model, self.images, self.max_new_tokens = model, images, max_new_tokens
         self.options = options
-        self.cache = DynamicCache(config=model.llm.config)
+        self.cache = PackedCache()
         self.first: Sample | None = None  # the first turn, with the images
         self.unseen: list[int] = []       # said, but not in the cache: the end of the last answer
 
@@ -247,9 +241,8 @@ def answer_rest(model: Answering, questions: Path, read: Callable, answers: Path
     # Half a surrogate pair has no UTF-8; as \ud800 it is JSON.
     with (naming(answers), open(answers, "a", encoding="utf-8", errors="backslashreplace") as out,
           tqdm(total=len(todo), desc="questions", unit="question") as progress):
-        for texts in model.answer_all(todo, read, batch_size, **options):
-            for text in texts:
-                record = todo[progress.n][1]
+        for answered in model.answer_all(todo, read, batch_size, **options):
+            for (_, record), text in answered:
                 row = {"question_id": record["question_id"], "prompt": record["text"], "text": text}
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 progress.update()

@@ -12,13 +12,14 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionConfig, PreTrainedTokenizerBase
 
 from sliming.chat import IGNORE, IMAGE, IMAGE_TOKEN, Encoded, encode, without_markers
 from sliming.config import SliMEConfig
-from sliming.images import ImageSource
-from sliming.slicer import Slices, choose_grid, slice_image
+from sliming.images import ImageSource, open_image
+from sliming.slicer import Slices, choose_grid, inner, slice_image
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Batch:
     labels: Tensor                 # int64 [N], IGNORE where nothing is learned
     question: Tensor               # int64 [Q] token ids of the samples' questions
     global_views: Tensor           # uint8 [I, 3, S, S], or none of them in stage II
-    crops: Tensor                  # uint8 [sum P, 3, S, S], or none of them in stage I
+    crops: Tensor                  # uint8 [sum P, 3, S, S], or none of them in stage I; both may
+                                   # be the tower's features instead: float [.., L, Dv]
     runs: list[list[int]]          # per sample: words before, between and behind its images; sum N
     question_lengths: list[int]    # per sample; sum Q
     grids: list[tuple[int, int]]   # (columns, rows) per image
@@ -124,8 +126,17 @@ class Processor:
     def slice(self, image: ImageSource, max_crops: int | None = None,
               parts: str = "both") -> Slices:
         """Slices an image by the model's rules; see `slicer.slice_image`."""
-        return slice_image(image, global_view=self.config.global_view, parts=parts,
-                           **self.grid_rule(max_crops))
+        return slice_image(self.open(image), global_view=self.config.global_view, parts=parts,
+                           resize=self.config.resize, **self.grid_rule(max_crops))
+
+    def open(self, source: ImageSource) -> Image.Image:
+        """Opens an image to be sliced. Where torch resizes, a JPEG file whose canvas has at most
+        half of its width and height is decoded smaller: most of its pixels would be thrown away."""
+        def on_canvas(width: int, height: int) -> tuple[int, int]:
+            columns, rows = self.grid(width, height)
+            return inner((width, height), columns * self.crop_size, rows * self.crop_size)
+
+        return open_image(source, on_canvas if self.config.resize == "torch" else None)
 
     def grid_rule(self, max_crops: int | None) -> dict:
         """The arguments of `slicer.choose_grid`."""

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, PreTrainedModel
 
-from sliming.backbones import VisionTower, build_llm, cast
+from sliming.backbones import Segments, VisionTower, build_llm, cast
 from sliming.chat import IGNORE
 from sliming.checkpoints import files, pretrained, released
 from sliming.checkpoints.lora import without_lora
@@ -149,7 +149,10 @@ class SliME(nn.Module, Answering, ModelHubMixin):
         w_gate = self.adapter.w_gate
         features = w_gate.new_zeros(0, self.adapter.num_tokens, len(w_gate))   # [0, L, Dv]
         if shown:
-            features = self.vision(torch.cat(shown)).to(w_gate.dtype)          # [V, L, Dv]
+            features = torch.cat(shown)  # pixels, or what the tower said of them once
+            if not features.is_floating_point():
+                features = self.vision(features)
+            features = features.to(w_gate.dtype)                               # [V, L, Dv]
         return features.split([len(views), len(crops)])
 
     def choose(self, batch: Batch, local: list[Tensor], gamma: float,
@@ -182,9 +185,10 @@ class SliME(nn.Module, Answering, ModelHubMixin):
         # Images: global view, separator, what is kept of the local tokens.
         images = [[view] for view in visual.whole] or [[] for _ in batch.grids]  # I of [[L, D]]
         if visual.local:
-            separator = table(batch.words.new_tensor([self.processor.separator_id]))
-            counts = torch.stack([keep.sum() for keep in visual.keep]).tolist()
-            kept = torch.cat(visual.local)[torch.cat(visual.keep)].split(counts)  # I of [K, D]
+            separator = table(batch.words.new_full((1,), self.processor.separator_id))
+            counts = torch.stack([keep.sum() for keep in visual.keep]).tolist()  # waits for a GPU
+            kept = torch.nonzero_static(torch.cat(visual.keep), size=sum(counts))[:, 0]
+            kept = torch.cat(visual.local)[kept].split(counts)                 # I of [K, D]
             for image, tokens in zip(images, kept, strict=True):
                 image += [separator, tokens] if image else [tokens]            # [1, D], [K, D]
         images = iter([torch.cat(image) for image in images])
@@ -211,9 +215,9 @@ class SliME(nn.Module, Answering, ModelHubMixin):
 
     def decode(self, embeddings: Tensor, lengths: list[int]) -> Tensor:
         """The language model over packed samples, positions restarting: [T, D] -> [T, D]."""
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(embeddings.device)
-        output = self.llm.get_decoder()(inputs_embeds=embeddings[None], segments=lengths,
-                                        position_ids=positions[None], use_cache=False)
+        segments = Segments(lengths, embeddings.device)
+        output = self.llm.get_decoder()(inputs_embeds=embeddings[None], segments=segments,
+                                        position_ids=segments.positions[None], use_cache=False)
         return output.last_hidden_state[0]
 
     def use_attention(self, choice: str) -> None:

@@ -13,21 +13,20 @@ width].
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from sliming.images import ImageSource, open_image
+from sliming.images import ImageSource, full_size, open_image, resizer
 
 
 @dataclass(frozen=True, eq=False)
 class Slices:
     """What the vision tower sees of one image. Pixels stay uint8: a quarter of float32's bytes to
-    move."""
+    move. Or what it has said already: features [L, Dv] in the place of pixels [3, S, S]."""
 
     global_view: Tensor | None  # uint8 [3, S, S], contiguous; None where it was not asked for
     crops: Tensor | None        # uint8 [P, 3, S, S], row by row from the top left; None likewise
@@ -79,46 +78,48 @@ def choose_grid(width: int, height: int, *, rule: str = "paper", crop_size: int 
 
 def slice_image(image: ImageSource, *, rule: str = "paper", global_view: str = "pad",
                 crop_size: int = 336, max_side: int = 6, max_crops: int | None = None,
-                parts: str = "both") -> Slices:
+                parts: str = "both", resize: str = "pillow") -> Slices:
     """Cuts an image (anything `open_image` takes) into its global view and its local crops.
 
     `rule`, `crop_size`, `max_side` and `max_crops` choose the grid as in `choose_grid`. The local
     canvas keeps the aspect ratio and is black around the image, as in the released code. The global
     view is the whole image in S x S: "pad" likewise (the paper pads and resizes, and names no
     colour), "squash" without its aspect ratio, as in the released code. `parts` "global" or "local"
-    makes only the one. Raises ValueError for a wrong argument, and what `open_image` raises.
+    makes only the one. `resize`: see `images.resizer`. Raises ValueError for a wrong argument, and
+    what `open_image` raises.
     """
     if global_view not in ("pad", "squash"):
         raise ValueError(f'unknown global view {global_view!r}: use "pad" or "squash"')
     image, size = open_image(image), crop_size
-    columns, rows = choose_grid(image.width, image.height, rule=rule, crop_size=size,
-                                max_side=max_side, max_crops=max_crops)
-    view = crops = None
+    full = full_size(image)                                                      # (W, H)
+    columns, rows = choose_grid(*full, rule=rule, crop_size=size, max_side=max_side,
+                                max_crops=max_crops)
+    resized, view, crops = resizer(image, resize), None, None
     if parts != "global":
-        # One resize for all crops; the resizes, in Pillow, take nearly all of the time.
-        canvas = fit(image, columns * size, rows * size)                # [rows * S, columns * S, 3]
+        # One resize for all crops; the resizes take nearly all of the time.
+        canvas = fit(resized, full, columns * size, rows * size)      # [rows * S, columns * S, 3]
         crops = canvas.view(rows, size, columns, size, 3)               # [rows, S, columns, S, 3]
         crops = crops.permute(0, 2, 4, 1, 3).flatten(0, 1).contiguous()               # [P, 3, S, S]
     if parts != "local":
-        view = fit(image, size, size) if global_view == "pad" else resize(image, (size, size))
+        view = fit(resized, full, size, size) if global_view == "pad" else resized((size, size))
         view = view.permute(2, 0, 1).contiguous()                                      # [3, S, S]
     return Slices(view, crops, (columns, rows))
 
 
-def resize(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """RGB image -> uint8 [height, width, 3], bicubic with antialiasing."""
-    return torch.from_numpy(np.array(image.resize(size, Image.Resampling.BICUBIC)))
-
-
-def fit(image: Image.Image, width: int, height: int) -> Tensor:
-    """The largest image of the same aspect ratio, centred on a black canvas: uint8 [height, width,
-    3]."""
-    scale_x, scale_y = width / image.width, height / image.height
-    if scale_x < scale_y:  # ceil keeps the free side of a very thin image at one pixel or more
-        size = width, min(math.ceil(image.height * scale_x), height)
-    else:
-        size = min(math.ceil(image.width * scale_y), width), height
+def fit(resized: Callable[[tuple[int, int]], Tensor], full: tuple[int, int], width: int,
+        height: int) -> Tensor:
+    """The largest image of the same aspect ratio as `full`, centred on a black canvas: uint8
+    [height, width, 3]."""
+    size = inner(full, width, height)
     left, top = (width - size[0]) // 2, (height - size[1]) // 2
     canvas = torch.zeros(height, width, 3, dtype=torch.uint8)
-    canvas[top:top + size[1], left:left + size[0]] = resize(image, size)
+    canvas[top:top + size[1], left:left + size[0]] = resized(size)
     return canvas
+
+
+def inner(full: tuple[int, int], width: int, height: int) -> tuple[int, int]:
+    """The largest size of the same aspect ratio as `full` in `width` x `height`."""
+    scale_x, scale_y = width / full[0], height / full[1]
+    if scale_x < scale_y:  # ceil keeps the free side of a very thin image at one pixel or more
+        return width, min(math.ceil(full[1] * scale_x), height)
+    return min(math.ceil(full[0] * scale_y), width), height

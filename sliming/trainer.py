@@ -18,7 +18,6 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from sliming import distributed as ranks
 from sliming import watch
+from sliming.backbones import compile_layers
 from sliming.chat import IGNORE
 from sliming.checkpoints import files, pretrained, released
 from sliming.checkpoints.lora import add_lora, begin_lora, without_lora
@@ -39,7 +39,7 @@ from sliming.data import RecordError, Share, Steps, open_mixture
 from sliming.guard import Stopped, deaf
 from sliming.inputs import Batch, seed_of
 from sliming.model import SliME
-from sliming.tiny.pictures import TrainingSet
+from sliming.tiny.features import training_set
 
 
 @dataclass
@@ -125,11 +125,12 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
     if config.init_from and (Path(config.init_from) / "mm_projector.bin").is_file():
         released.fill_stage_files(model, Path(config.init_from))
     peaks = {"llm": recipe.llm_learning_rate}
+    fused = device.type == "cuda" or recipe.shard == "offload"
     groups = [{"params": [p for p in getattr(model, part).parameters() if p.requires_grad],
                "peak": peaks.get(part, recipe.learning_rate)} for part in plan.trained]
     trained = [parameter for group in groups for parameter in group["params"]]
     if config.data is None:
-        records, folder = TrainingSet(stage, config.seed), None
+        records, folder = training_set(config, stage, model, device), None
     else:
         records, folder = open_mixture(config.data, config.seed), Path(config.images)
     steps = recipe.steps or max(1, len(records) // recipe.batch_size)
@@ -140,7 +141,7 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
 
     out = Path(config.out) / f"stage{stage}"
     out.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused or None)
     settings = {**asdict(config), **getattr(records, "fingerprints", {}),
                 "first weights": files.weights_key(found.folder, found.config.vision,
                                                   config.init_from)}
@@ -151,7 +152,8 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
     template = plan.template or model.config.template
     work = Steps(records, model.processor, plan.parts, template, recipe, steps, folder, first, rank,
                  world, noise=(config.seed, stage))
-    loader = DataLoader(work, batch_size=None, num_workers=config.workers, worker_init_fn=deaf,
+    loader = DataLoader(work, batch_size=None, num_workers=config.readers(device.type),
+                        worker_init_fn=deaf,
                         pin_memory=device.type == "cuda")
     model.train()
     model.vision.eval()
@@ -163,7 +165,9 @@ def starting_point(config: TrainConfig, stage: int) -> files.Checkpoint:
     """What a stage starts from. FileNotFoundError with the command to run first, CheckpointError if
     the checkpoint was made with another preset's backbones."""
     preset = PRESETS[config.preset].model
-    preset = replace(preset, vision=config.vision or preset.vision, llm=config.llm or preset.llm)
+    given = {name: value for name in ("vision", "llm", "resize")
+             if (value := getattr(config, name)) is not None}
+    preset = replace(preset, **given)
     before = Path(config.init_from or Path(config.out) / f"stage{stage - 1}")
     adapters = config.init_from is not None and (before / "mm_projector.bin").is_file()
     if adapters or (config.init_from is None and stage == 1):
@@ -183,6 +187,7 @@ def starting_point(config: TrainConfig, stage: int) -> files.Checkpoint:
             raise files.CheckpointError(
                 f"{before} is a checkpoint of another preset: its {name} is {had!r}, preset "
                 f"{config.preset} has {wants!r}")
+    found.config.resize = config.resize or found.config.resize
     watch.say(f"stage {stage} starts from {before}")
     return found
 
@@ -202,8 +207,7 @@ def prepare(model: SliME, config: TrainConfig, stage: int, device: torch.device)
     if recipe.recompute:
         model.llm.activation_checkpointing_enable({"use_reentrant": False})
     if config.compile:
-        for layer in model.llm.get_decoder().layers:
-            layer.compile(dynamic=True)  # packed rows have a new length in every batch
+        compile_layers(model.llm, recipe.bf16, device)
     model.use_attention(config.attention)
     # Units of sharding: the tower, every layer of the language model, and all the rest.
     units = [model.vision, *model.llm.get_decoder().layers, model]
@@ -259,8 +263,7 @@ def accumulate(run: Run, batches: list[Batch], rounds: int,
     for index in range(rounds):
         real = index < len(batches)
         batch = batches[index] if real else Batch.pack([model.processor.blank(learned=True)])
-        bf16 = torch.autocast(run.device.type, torch.bfloat16) if run.recipe.bf16 else nullcontext()
-        with bf16:
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.recipe.bf16):
             output = model(batch.to(run.device), parts=run.parts, normalizer=normalizer,
                            logits=False)
         (output.loss if real else 0 * output.loss).backward()

@@ -31,8 +31,9 @@ def step_flops(model: nn.Module, batch: Batch, parts: str, tokens: int) -> float
     tokens 2 P T forward, as much again for gradients of activations and of trained weights each;
     the tower forward only. Left out: attention's scores, and the output layer, which runs at
     supervised positions only."""
-    views = (len(batch.global_views) if parts != "local" else 0) + (
-        len(batch.crops) if parts != "global" else 0)
+    shown = {"global": [batch.global_views], "local": [batch.crops]}.get(
+        parts, [batch.global_views, batch.crops])
+    views = sum(len(part) for part in shown if not part.is_floating_point())  # these are features
     tower = 2 * sum(p.numel() for p in model.vision.parameters()) * views * model.adapter.num_tokens
     llm = [p for p in model.llm.get_decoder().layers.parameters() if p.dim() == 2]
     return tower + sum((6 if p.requires_grad else 4) * p.numel() for p in llm) * tokens

@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "SLIMING_TEST_GPU" not in os.environ:  # the tests and all their children run on the CPU, whatever the machine has
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch

@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run_train(*commands, ranks=None, limit=None, cwd=ROOT, **environment):
     """train.py with each command line (a list of flags) in turn, in processes of their own, under torchrun if `ranks` is
-    given; `limit` bounds the size of files in bytes."""
+    given; on the CPU unless `environment` shows it GPUs. `limit` bounds the size of files in bytes."""
     launch = [sys.executable] if ranks is None else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                      f"--nproc_per_node={ranks}"]
     before = None
     if limit is not None:
         import resource
         before = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment}
     commands = json.dumps([[str(flag) for flag in command] for command in commands])
     return subprocess.run([*launch, __file__, commands], capture_output=True, text=True, preexec_fn=before, env=environment,
                           cwd=cwd, timeout=300)

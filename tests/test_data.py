@@ -1,6 +1,8 @@
 """Records, files and order: what is wrong is said in one line, and the order does not depend on ranks or workers."""
 
 import json
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +10,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sliming import data
+from sliming import data, inputs
 from sliming.config import STAGES, Recipe
 from sliming.data import RecordFile, Steps, check_record, load_sample, open_mixture
-from sliming.inputs import Batch
 from sliming.images import open_image
+from sliming.inputs import Batch
 from sliming.records import RecordError
 from sliming.tiny.pictures import TrainingSet
 
@@ -184,7 +186,8 @@ def test_too_long_samples_lose_crops_and_never_words(model, tmp_path, monkeypatc
         {"from": "human", "value": "<image> <image>\nWhat?"}, {"from": "gpt", "value": "that " * 30}])
     monkeypatch.setattr(model.config, "slicing", rule)
     reads = []
-    monkeypatch.setattr(data, "open_image", lambda path: reads.append(path) or open_image(path))
+    monkeypatch.setattr(inputs, "open_image", lambda source, *rest: (
+        reads.append(source) if isinstance(source, Path) else None) or open_image(source, *rest))
     counts = []
     for limit in (None, 330, 280):
         sample = load_sample(long, tmp_path, "chat", model.processor, max_tokens=limit)
@@ -220,12 +223,24 @@ def test_ranks_share_each_step_and_workers_do_not_matter(model):
     for step in range(4):
         parts = [steps(model, rank=rank, world=3)[step] for rank in range(3)]
         assert sorted(row for part in parts for row in rows(part)) == rows(whole[step])
-    for workers in (0, 2):
-        loader = DataLoader(steps(model), batch_size=None, num_workers=workers)
+    for workers, start in ((0, None), (2, None), (1, "spawn")):
+        loader = DataLoader(steps(model), batch_size=None, num_workers=workers, multiprocessing_context=start)
         for share, reference in zip(loader, whole, strict=True):
             assert torch.equal(share.batches[0].words, reference.batches[0].words)
             assert torch.equal(share.batches[0].crops, reference.batches[0].crops) and share.skipped == []
     assert rows(steps(model, first=2)[0]) == rows(whole[2])  # going on from a step
+
+
+def test_workers_are_handed_neither_weights_nor_indices(model, tmp_path, monkeypatch):
+    """Where processes are not forked, all that a worker has is sent to it: the tokenizer, settings, the names of files."""
+    monkeypatch.setattr("sliming.data.SMALL", 0)
+    lines = "".join(json.dumps(record(id=str(i))) + "\n" for i in range(20_000))
+    (tmp_path / "a.jsonl").write_text(lines)
+    work = steps(model, records=open_mixture([str(tmp_path / "a.jsonl")], seed=0))
+    sent = pickle.dumps(work)
+    assert len(sent) < len(pickle.dumps(model.processor.tokenizer)) + 10_000
+    again = pickle.loads(sent)
+    assert [again.records[place] for place in (0, 7)] == [work.records[place] for place in (0, 7)]
 
 
 def test_long_records_are_dealt_out_evenly(model, tmp_path):

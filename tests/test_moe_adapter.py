@@ -1,15 +1,13 @@
-"""The mixture of MLP and query former against the equation token by token, by hand, and recorded outputs.
+"""The gated mixture against the equation token by token, by hand, and against recorded outputs.
 
 Shapes: B images, L tokens, Dv vision channels, D LLM channels, 2 experts.
 """
 
-import json
 import math
 
 import pytest
 import torch
-from reference import reference_folder
-from safetensors.torch import load_file
+from reference import part_of, recorded_modules
 from test_qformer import qformer_twin, randomise, released_query_former
 
 from sliming.moe_adapter import MoEAdapter
@@ -22,8 +20,9 @@ def mlp_twin(mlp, x):
 
 
 def adapter_twin(adapter, x, noise=None):
-    """G(x)_0 f_m(x) + G(x)_1 f_q(x), token by token; noise: recorded draws [B, L, 2], None in evaluation."""
-    f_m, f_q = mlp_twin(adapter.mlp, x), mlp_twin(adapter.mlp, qformer_twin(adapter.query_former, x, heads=1))
+    """G(x)_0 f_m(x) + G(x)_1 f_q(x), token by token; noise: draws [B, L, 2], None in evaluation."""
+    f_m, f_q = (mlp_twin(adapter.mlp, y)
+                for y in (x, qformer_twin(adapter.query_former, x, heads=1)))
     tokens, gates = [], []
     for b in range(x.shape[0]):
         for t in range(x.shape[1]):
@@ -43,18 +42,20 @@ def test_forward_and_every_gradient(images, tokens, training):
     torch.manual_seed(images + tokens)
     adapter = randomise(MoEAdapter(8, 12, tokens).double()).train(training)
     x = torch.randn(images, tokens, 8, dtype=torch.float64, requires_grad=True)
-    noise = torch.randn(images, tokens, 2, dtype=torch.float64).float().double()    # exact in float32
+    noise = torch.randn(images, tokens, 2, dtype=torch.float64).float().double()  # exact in float32
     cotangents = [torch.randn(images, tokens, size, dtype=torch.float64) for size in (12, 2)]
-    outs, expected = adapter(x, noise), adapter_twin(adapter, x, noise if training else None)
-    names, leaves = zip(("x", x), *adapter.named_parameters())
-    assert {"w_gate", "w_noise", "mlp.0.weight", "query_former.query"} < set(names)
-    grads, wanted = ([torch.zeros_like(leaf) if grad is None else grad for leaf, grad in
-                      zip(leaves, torch.autograd.grad(pair, leaves, cotangents, allow_unused=True))]
-                     for pair in ([out.double() for out in outs], expected))
+    leaves = {"x": x, **dict(adapter.named_parameters())}
+    assert {"w_gate", "w_noise", "mlp.0.weight", "query_former.query"} < set(leaves)
+    got, want = {}, {}
+    for found, outs in ((got, adapter(x, noise)),
+                        (want, adapter_twin(adapter, x, noise if training else None))):
+        found["tokens"], found["gates"] = outs = [out.double() for out in outs]
+        grads = torch.autograd.grad(outs, leaves.values(), cotangents, allow_unused=True,
+                                    materialize_grads=True)
+        found |= zip(leaves, grads, strict=True)
     # The gates are float32 by design, hence 1e-5 although the rest is float64.
-    for name, got, want in zip(("tokens", "gates", *names), (*outs, *grads), (*expected, *wanted)):
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5, msg=lambda t: f"{name}: {t}")
-    assert bool(wanted[names.index("w_noise")].any()) == training
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert bool(want["w_noise"].any()) == training
 
 
 def test_gates_on_paper():
@@ -64,7 +65,8 @@ def test_gates_on_paper():
         adapter.w_gate[0, 0] = 1
     x = torch.zeros(1, 4, 4)
     x[0, 2, 0] = math.log(3)
-    torch.testing.assert_close(adapter.gate(x)[0], torch.tensor([[.5, .5], [.5, .5], [.75, .25], [.5, .5]]))
+    expected = torch.tensor([[.5, .5], [.5, .5], [.75, .25], [.5, .5]])
+    torch.testing.assert_close(adapter.gate(x)[0], expected)
 
 
 def test_one_sided_gates_leave_one_expert():
@@ -91,7 +93,7 @@ def test_gates_sum_to_one_and_start_even():
 
 
 def test_noise_statistics_in_training_and_none_in_evaluation():
-    """Constant x: each logit is x.W_g + N(0, softplus(x.W_noise)^2); log(g_0/g_1) is their difference."""
+    """Constant x: a logit is x.W_g + N(0, softplus(x.W_noise)^2), log(g_0/g_1) the difference."""
     torch.manual_seed(0)
     adapter = MoEAdapter(4, 4, 4).train()
     with torch.no_grad():
@@ -101,11 +103,12 @@ def test_noise_statistics_in_training_and_none_in_evaluation():
     x[..., 0] = 1
     gates = adapter.gate(x)
     log_ratio = (gates[..., 0] / gates[..., 1]).log()
-    std = math.hypot(math.log(1 + math.e), math.log(1 + 1 / math.e))   # 1.350; 40,000 draws: 5 sigma is 0.034
+    # Of 40,000 draws of standard deviation 1.350, 5 sigma are 0.034.
+    std = math.hypot(math.log(1 + math.e), math.log(1 + 1 / math.e))
     assert log_ratio.mean().item() == pytest.approx(0.75, abs=0.034)
     assert log_ratio.std().item() == pytest.approx(std, rel=0.02)
-    neighbour = torch.corrcoef(log_ratio[:, :2].T)[0, 1].item()        # tokens draw apart; 5 sigma is 0.05
-    assert abs(neighbour) < 0.05
+    neighbour = torch.corrcoef(log_ratio[:, :2].T)[0, 1].item()
+    assert abs(neighbour) < 0.05                           # tokens draw apart; 5 sigma is 0.05
 
     adapter.eval()
     state = torch.get_rng_state()
@@ -138,25 +141,14 @@ def test_no_images_and_wrong_token_count():
         MoEAdapter(8, 12, 10)
 
 
-# --- recorded outputs ---
+# --------------------------------------------------------------------------------- recorded outputs
 
 RELEASED = {"gate_noise": "w_gate", "gate_epsilon": 1e-6}
 
 
-def part_of(tensors, prefix):
-    """The tensors whose name starts with prefix, without it."""
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def recorded_cases(**choices):
-    """Of every recorded GatedBlock: its name, its tensors without the name, all records, our adapter with `choices`."""
-    everything = load_file(reference_folder("golden") / "modules.safetensors")
-    record = json.loads((reference_folder("golden") / "modules.json").read_text())
-    cases = []
-    for case, info in record["cases"].items():
-        if info["cls"] != "GatedBlock":
-            continue
-        tensors = part_of(everything, f"{case}/")
+def recorded_blocks(**choices):
+    """Every recorded GatedBlock: its tensors, its gradients' norms, our adapter with `choices`."""
+    for info, tensors in recorded_modules("GatedBlock"):
         weights = part_of(tensors, "weights/")
         adapter = MoEAdapter(info["mm_hidden_size"], info["hidden_size"], info["tokens"], **choices)
         adapter.query_former = released_query_former(weights, "attn.", info["num_heads_qformer"])
@@ -164,22 +156,21 @@ def recorded_cases(**choices):
         with torch.no_grad():
             adapter.w_gate.copy_(weights["w_gate"])
             adapter.w_noise.copy_(weights["w_noise"])
-        cases.append((case, tensors, record, adapter))
-    assert cases, "the folder holds no GatedBlock case"
-    return cases
+        yield tensors, info["grads"], adapter
 
 
 @pytest.mark.reference
 def test_released_block_in_evaluation():
-    """Outputs 5e-5, gates 2e-6; their sum, less than 1 by 1e-6, to 2e-7 in the mean over all tokens."""
-    for _, tensors, _, adapter in recorded_cases(**RELEASED):
+    """Outputs 5e-5, gates 2e-6; their sum, 1e-6 less than 1, to 2e-7 in the mean over tokens."""
+    for tensors, _, adapter in recorded_blocks(**RELEASED):
         x = tensors["in/x"][None]
         tokens, gates = adapter.eval()(x)
-        for got, name in ((tokens, "out/y_eval"), (adapter.mlp(x), "out/expert0_mlp"),
-                          (adapter.query_former(x), "inter/qformer_out"),
-                          (adapter.mlp(adapter.query_former(x)), "out/expert1_qformer_mlp"),
-                          (x @ adapter.w_gate, "out/clean_logits")):
-            torch.testing.assert_close(got[0], tensors[name], rtol=0, atol=5e-5, msg=lambda t: f"{name}: {t}")
+        former = adapter.query_former(x)
+        got = {"out/y_eval": tokens[0], "out/expert0_mlp": adapter.mlp(x)[0],
+               "inter/qformer_out": former[0], "out/expert1_qformer_mlp": adapter.mlp(former)[0],
+               "out/clean_logits": x[0] @ adapter.w_gate}
+        want = {name: tensors[name] for name in got}
+        torch.testing.assert_close(got, want, rtol=0, atol=5e-5)
         torch.testing.assert_close(gates[0], tensors["out/gates_eval"], rtol=0, atol=2e-6)
         sums = [each.double().sum(-1).mean() for each in (gates[0], tensors["out/gates_eval"])]
         assert abs(sums[0] - sums[1]) < 2e-7
@@ -189,15 +180,16 @@ def test_released_block_in_evaluation():
 
 @pytest.mark.reference
 def test_training_noise_of_the_paper():
-    for _, tensors, _, adapter in recorded_cases():
-        gates = adapter.train()(tensors["in/x"][None], tensors["in/noise"][None])[1]
-        torch.testing.assert_close(gates[0], tensors["out/gates_train_PAPER_formula"], rtol=0, atol=2e-6)
+    for tensors, _, adapter in recorded_blocks():
+        gates = adapter.train()(tensors["in/x"][None], tensors["in/noise"][None])[1][0]
+        expected = tensors["out/gates_train_PAPER_formula"]
+        torch.testing.assert_close(gates, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.reference
 def test_released_block_in_training():
     """Forward and gradients with the recorded noise."""
-    for case, tensors, record, adapter in recorded_cases(**RELEASED):
+    for tensors, norms, adapter in recorded_blocks(**RELEASED):
         tokens, gates = adapter.train()(tensors["in/x"][None], tensors["in/noise"][None])
         torch.testing.assert_close(gates[0], tensors["out/gates_train"], rtol=0, atol=2e-6)
         torch.testing.assert_close(tokens[0], tensors["out/y_train"], rtol=0, atol=5e-5)
@@ -209,10 +201,10 @@ def test_released_block_in_training():
             ours |= {f"projection.{i}.{part}": getattr(adapter.mlp[i], part).grad for i in (0, 2)}
             ours |= {f"attn.{ln}.{part}": getattr(getattr(former, ln), part).grad
                      for ln in ("ln_q", "ln_kv", "ln_post")}
-            ours[f"attn.attn.in_proj_{part}"] = torch.cat([getattr(w, part).grad
-                                                          for w in (former.w_q, former.w_k, former.w_v)])
+            packed = [getattr(w, part).grad for w in (former.w_q, former.w_k, former.w_v)]
+            ours[f"attn.attn.in_proj_{part}"] = torch.cat(packed)
             ours[f"attn.attn.out_proj.{part}"] = getattr(former.w_o, part).grad
-        norms = {name: norm for name, norm in record[f"{case}_grads"].items() if norm is not None}
+        norms = {name: norm for name, norm in norms.items() if norm is not None}
         assert set(norms) == set(ours) and adapter.w_noise.grad is None
         for name, grad in ours.items():
             assert grad.norm().item() == pytest.approx(norms[name], rel=1e-3), name

@@ -3,13 +3,11 @@
 Shapes: B crops, L patches, Nq queries, D channels, H heads of Dh.
 """
 
-import json
 import math
 
 import pytest
 import torch
-from reference import reference_folder
-from safetensors.torch import load_file
+from reference import part_of, recorded_modules
 from torch.utils.flop_counter import FlopCounterMode
 
 from sliming.qformer import QueryFormer, query_attention, sincos_2d
@@ -21,14 +19,14 @@ def attention_twin(q, k, v):
     for b in range(k.shape[0]):
         heads = []
         for h in range(q.shape[0]):
-            weights = (q[h] @ k[b, h].T / math.sqrt(q.shape[-1])).softmax(dim=-1)    # [Nq, L]
+            weights = (q[h] @ k[b, h].T / math.sqrt(q.shape[-1])).softmax(dim=-1)   # [Nq, L]
             heads.append(weights @ v[b, h])                                         # [Nq, Dh]
         crops.append(torch.cat(heads, dim=-1))                                      # [Nq, H*Dh]
     return torch.stack(crops) if crops else q.new_zeros(0, q.shape[1], q.shape[0] * q.shape[2])
 
 
 def bicubic_twin(size_in, size_out):
-    """1-D bicubic resize as a matrix [out, in]: Keys' kernel, a = -3/4, centres at half, edges repeated."""
+    """1-D bicubic resize as a matrix [out, in]: Keys' kernel, a = -3/4, edges repeated."""
     def kernel(t, a=-0.75):
         t = abs(t)
         if t <= 1:
@@ -78,21 +76,21 @@ def randomise(module):
 
 
 def released_query_former(weights, prefix, heads):
-    """A QueryFormer with the released code's Resampler weights ``prefix*``: packed q, k, v in this order."""
-    w = {key.removeprefix(prefix): value.float() for key, value in weights.items() if key.startswith(prefix)}
+    """A QueryFormer with the weights `prefix*` of a released Resampler, which packs q, k and v."""
+    w = {name: tensor.float() for name, tensor in part_of(weights, prefix).items()}
     former = QueryFormer(w["query"].shape[1], w["query"].shape[0], heads)
     state = {"query": w["query"], "position": w["pos_embed"]}
-    for name in ("ln_q", "ln_kv", "ln_post"):
-        state |= {f"{name}.{part}": w[f"{name}.{part}"] for part in ("weight", "bias")}
     for part in ("weight", "bias"):
-        packed = w[f"attn.in_proj_{part}"].chunk(3)
-        state |= {f"{name}.{part}": value for name, value in zip(("w_q", "w_k", "w_v"), packed)}
+        state |= {f"{ln}.{part}": w[f"{ln}.{part}"] for ln in ("ln_q", "ln_kv", "ln_post")}
+        for which, tensor in zip("qkv", w[f"attn.in_proj_{part}"].chunk(3), strict=True):
+            state[f"w_{which}.{part}"] = tensor
         state[f"w_o.{part}"] = w[f"attn.out_proj.{part}"]
     former.load_state_dict(state)
     return former
 
 
-# --- attention ---
+# ---------------------------------------------------------------------------------------- attention
+
 
 @pytest.mark.parametrize("crops", [0, 1, 3])
 @pytest.mark.parametrize("heads, queries, patches, width",
@@ -107,20 +105,20 @@ def test_attention_is_softmax_by_hand(crops, heads, queries, patches, width):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     if crops:
         cotangent = torch.randn_like(out)
-        for got, want in zip(torch.autograd.grad(out, [q, packed], cotangent),
-                             torch.autograd.grad(expected, [q, packed], cotangent)):
-            torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+        grads = (torch.autograd.grad(y, [q, packed], cotangent) for y in (out, expected))
+        torch.testing.assert_close(*grads, rtol=0, atol=1e-11)
 
 
 def test_attention_on_paper():
-    """Scores 0 and ln 3 (Dh = 1) weigh 1/4 and 3/4: of the values 8 and 4 that makes 5. Then halves."""
+    """Scores 0 and ln 3 (Dh = 1) weigh 1/4 and 3/4: values 8 and 4 make 5. Then halves."""
     q = torch.tensor([[[1.0]]])
     k = torch.tensor([[0.0, math.log(3)], [5.0, 5.0]]).view(2, 1, 2, 1)
     v = torch.tensor([[8.0, 4.0], [0.0, 2.0]]).view(2, 1, 2, 1)
     torch.testing.assert_close(query_attention(q, k, v), torch.tensor([[[5.0]], [[1.0]]]))
 
 
-# --- positions ---
+# ---------------------------------------------------------------------------------------- positions
+
 
 def test_positions_on_paper():
     """dim 8: two frequencies, 1 and 1/100. The cell in row 0, column 1 is the second one."""
@@ -131,7 +129,8 @@ def test_positions_on_paper():
     torch.testing.assert_close(sincos_2d(8, 2), expected)
 
 
-@pytest.mark.parametrize("query_side, key_side", [(1, 7), (2, 1), (3, 7), (12, 24), (7, 3), (12, 12)])
+@pytest.mark.parametrize("query_side, key_side",
+                         [(1, 7), (2, 1), (3, 7), (12, 24), (7, 3), (12, 12)])
 def test_key_positions_are_resized_bicubically(query_side, key_side):
     former = QueryFormer(16, query_side**2)
     matrix = bicubic_twin(query_side, key_side)
@@ -143,7 +142,8 @@ def test_key_positions_are_resized_bicubically(query_side, key_side):
         assert torch.equal(got, former.position)
 
 
-# --- the module ---
+# --------------------------------------------------------------------------------------- the module
+
 
 @pytest.mark.parametrize("queries", [1, 4, 9, 144])
 @pytest.mark.parametrize("patches", [1, 4, 49, 576])
@@ -156,29 +156,30 @@ def test_forward_and_every_gradient(queries, patches, crops):
     assert out.shape == (crops, queries, 8)
     torch.testing.assert_close(out, expected, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(former.as_written(x), expected, rtol=1e-8, atol=1e-9)
-    names, leaves = zip(("x", x), *former.named_parameters())
-    assert len(names) == 1 + 1 + 3 * 2 + 4 * 2
+    leaves = {"x": x, **dict(former.named_parameters())}
+    assert len(leaves) == 1 + 1 + 3 * 2 + 4 * 2
     cotangent = torch.randn_like(out)
-    for name, got, want in zip(names, torch.autograd.grad(out, leaves, cotangent),
-                               torch.autograd.grad(expected, leaves, cotangent)):
-        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-8, msg=lambda t: f"grad of {name}: {t}")
+    got, want = (dict(zip(leaves, torch.autograd.grad(y, leaves.values(), cotangent), strict=True))
+                 for y in (out, expected))
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-8)
 
 
 def test_gradcheck_of_the_folded_algebra():
-    """Gradients against finite differences in float64: of x, the queries and every other parameter."""
+    """Gradients against finite differences in float64: of x, the queries and all parameters."""
     torch.manual_seed(0)
     former = randomise(QueryFormer(8, 4, num_heads=2).double())
-    names, values = zip(*former.named_parameters())
+    parameters = dict(former.named_parameters())
     x = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
 
     def run(x, *values):
-        return torch.func.functional_call(former, dict(zip(names, values)), (x,))
+        state = dict(zip(parameters, values, strict=True))
+        return torch.func.functional_call(former, state, (x,))
 
-    assert torch.autograd.gradcheck(run, (x, *values))
+    assert torch.autograd.gradcheck(run, (x, *parameters.values()))
 
 
 def test_no_product_for_a_gradient_that_nobody_needs():
-    """With x frozen, exactly the two products dk W_k and dv W_v are left out: 2 * 2 B L D^2 FLOP."""
+    """With x frozen, the two products dk W_k and dv W_v are left out: 2 * 2 B L D^2 FLOP."""
     former, flop = QueryFormer(64, 4, num_heads=2), {}
     for needed in (False, True):
         x = torch.randn(3, 25, 64, requires_grad=needed)
@@ -198,7 +199,7 @@ def test_autocast_stays_close_to_float32():
             out = former(x)
         leaves = [former.query, former.w_v.weight]
         results.append((out, *torch.autograd.grad(out.float().sin().sum(), leaves)))
-    for expected, got in zip(*results):
+    for expected, got in zip(*results, strict=True):
         # bfloat16 rounds at 2^-9 in some ten steps, and LN_post enlarges small errors.
         assert (got - expected).norm() <= 0.05 * expected.norm()
 
@@ -223,7 +224,7 @@ def test_crops_do_not_see_each_other_and_share_one_query_projection():
     torch.manual_seed(0)
     former = randomise(QueryFormer(8, 4, num_heads=2))
     seen = []
-    former.w_q.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape)))
+    former.w_q.register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape)))
     x = torch.randn(3, 9, 8)
     together = former(x)
     assert seen == [(4, 8)]
@@ -232,7 +233,7 @@ def test_crops_do_not_see_each_other_and_share_one_query_projection():
 
 
 def test_values_carry_no_position():
-    """Identical patches have identical values, so the answer is the same wherever the weights fall."""
+    """Identical patches have identical values: the answer is the same wherever weights fall."""
     torch.manual_seed(0)
     former = randomise(QueryFormer(8, 4, num_heads=2))
     out = former(torch.randn(8).expand(1, 9, 8))
@@ -242,10 +243,11 @@ def test_values_carry_no_position():
 def test_initialisation_and_state():
     torch.manual_seed(0)
     former = QueryFormer(256, 144)
-    assert former.num_heads == 2 and QueryFormer(64, 4).num_heads == 1 and QueryFormer(1024, 4).num_heads == 8
-    assert former.query.std().item() == pytest.approx(0.02, rel=0.05) and former.query.abs().max() > 0.05
+    assert [QueryFormer(width, 4).num_heads for width in (64, 256, 1024)] == [1, 2, 8]
+    assert former.query.std().item() == pytest.approx(0.02, rel=0.05)
+    assert former.query.abs().max() > 0.05
     for linear in (former.w_q, former.w_k, former.w_v, former.w_o):
-        bound = math.sqrt(6 / (256 + 256))                             # xavier: uniform, variance bound^2 / 3
+        bound = math.sqrt(6 / (256 + 256))                 # xavier: uniform, variance bound^2 / 3
         assert linear.weight.abs().max() <= bound and (linear.bias == 0).all()
         assert linear.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
     assert {former.ln_q.eps, former.ln_kv.eps, former.ln_post.eps} == {1e-6}
@@ -259,7 +261,7 @@ def test_bfloat16_stays_close():
     expected = former(x)
     out = former.bfloat16()(x.bfloat16())
     assert out.dtype == torch.bfloat16
-    # Outputs have unit size; bfloat16 rounds at 2^-9 in some ten steps, and LN_post enlarges small errors.
+    # Outputs have unit size; bfloat16 rounds at 2^-9 in some ten steps, LN_post enlarges errors.
     torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.15)
 
 
@@ -282,32 +284,27 @@ def test_widths_must_fit():
         QueryFormer(6, 4)
 
 
-# --- recorded outputs ---
+# --------------------------------------------------------------------------------- recorded outputs
+
 
 @pytest.mark.reference
 def test_released_resamplers():
-    """Every recorded Resampler and input: positions 1e-5, outputs 5e-5 (a float32 port saw 8.4e-6)."""
-    tensors = load_file(reference_folder("golden") / "modules.safetensors")
-    cases = json.loads((reference_folder("golden") / "modules.json").read_text())["cases"]
+    """Each Resampler and input: positions 1e-5, outputs 5e-5 (a float32 port saw 8.4e-6)."""
     compared = 0
-    for case, info in cases.items():
-        if info["cls"] != "Resampler":
-            continue
-        former = released_query_former(tensors, f"{case}/weights/", info["num_heads"])
-        # Their positions are ours rounded to float16: numbers up to 1 move by at most 2^-12 = 2.4e-4.
+    for info, tensors in recorded_modules("Resampler"):
+        former = released_query_former(tensors, "weights/", info["num_heads"])
+        # Their positions are ours rounded to float16: up to 1, they move by at most 2^-12 = 2.4e-4.
         ours = sincos_2d(former.query.shape[1], former.side)
         torch.testing.assert_close(former.position, ours, rtol=0, atol=2.5e-4)
         for key, value in tensors.items():
-            if key.startswith(f"{case}/inter/key_pos_"):
-                side = math.isqrt(value.shape[0])
-                key_position = former.to_patch_grid(former.position, side**2)
+            if key.startswith("inter/key_pos_"):
+                key_position = former.to_patch_grid(former.position, len(value))
                 torch.testing.assert_close(key_position, value, rtol=0, atol=1e-5)
-            elif key.startswith(f"{case}/in/x"):
-                out = former(value)
-                expected = tensors[key.replace("/in/x", "/out/y")]
-                torch.testing.assert_close(out, expected, rtol=0, atol=5e-5)
+            elif key.startswith("in/x"):
+                expected = tensors[key.replace("in/x", "out/y")]
+                torch.testing.assert_close(former(value), expected, rtol=0, atol=5e-5)
                 compared += 1
-        if f"{case}/out/y_2d_of_x0" in tensors:
-            out = former(tensors[f"{case}/in/x"][:1])[0]
-            torch.testing.assert_close(out, tensors[f"{case}/out/y_2d_of_x0"], rtol=0, atol=5e-5)
-    assert compared, "the folder holds no Resampler case"
+        if "out/y_2d_of_x0" in tensors:
+            out = former(tensors["in/x"][:1])[0]
+            torch.testing.assert_close(out, tensors["out/y_2d_of_x0"], rtol=0, atol=5e-5)
+    assert compared

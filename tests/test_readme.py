@@ -1,4 +1,4 @@
-"""The README's commands, word for word, in the order in which they stand: one end-to-end training that must reach its
+"""The READMEs' commands, word for word, in the order in which they stand: one end-to-end training that must reach its
 accuracy, and everything that is done with its result."""
 
 import json
@@ -16,10 +16,18 @@ import pytest
 from sliming.tiny.pictures import generator, render, sample_scene
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, flags=re.S | re.M)
-COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", "").splitlines()
-            if line.strip() and not line.startswith("#")]
+READMES = [ROOT / "README.md", ROOT / "sliming" / "README.md", *sorted(ROOT.glob("sliming/*/README.md")),
+           ROOT / "theory" / "README.md"]
+
+
+def commands_of(path):
+    """The shell commands that a page shows, one a line."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", path.read_text(), flags=re.S | re.M)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", "").splitlines()
+            if line.strip() and not line.strip().startswith("#")]
+
+
+COMMANDS = list(dict.fromkeys(command for path in READMES for command in commands_of(path)))
 MAIN = next(command for command in COMMANDS if "train.py --stage all" in command)
 
 
@@ -68,7 +76,7 @@ def test_every_other_command_runs(trained):
     questions = [{"question_id": number, "image": "a.png", "text": "How many bars are there?"} for number in range(2)]
     (trained / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     # Run by other tests, on small files: presets, benchmarks, SMR's sources; and what takes minutes, a GPU or the network.
-    elsewhere = ("venv", "pretrain-tiny", "pytest", "nproc_per_node", "theory/", "--stage all", "SLIMING_REFERENCE",
+    elsewhere = ("venv", "--pretrain", "pytest", "nproc_per_node", "theory/", "--stage all", "SLIMING_REFERENCE",
                  "yifanzhang114", "sliming.bench", "--benchmark", "--score-only", "sliming.smr", "smr.jsonl", "lmms_eval",
                  "pip install")
     ran = 0
@@ -84,13 +92,23 @@ def test_every_other_command_runs(trained):
     assert (trained / "look.png").exists()
 
 
-def test_readme_names_only_flags_that_exist():
+def test_readmes_name_only_flags_that_exist():
     """Flags of commands that are not run here are at least in the program's help."""
-    shown = {program: run(f"{sys.executable} {program} --help", ROOT).stdout for program in ("train.py", "sample.py")}
+    helps = {}
     for command in COMMANDS:
         words = shlex.split(command.split("&&")[-1])
-        program = next((w for w in words if w in shown), None)
-        if program:
-            own = words[words.index(program) + 1:]
-            for flag in (w for w in own if w.startswith("--")):
-                assert flag in shown[program], command
+        program = next((w for w in words if w.startswith("sliming.") or w.endswith(".py")), None)
+        if program is None:
+            continue
+        ways = {"build", "stats"} & set(words)
+        start = (f"-m {program}" if program.startswith("sliming.") else program) + f" {' '.join(ways)}"
+        if start not in helps:
+            helps[start] = run(f"{sys.executable} {start} --help", ROOT).stdout
+        for flag in (w for w in words[words.index(program) + 1:] if w.startswith("--")):
+            assert flag in helps[start], command
+
+
+def test_links_and_pictures_are_there():
+    for path in READMES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path}: {target}"

@@ -1,9 +1,8 @@
-"""The router against a double loop over image and text tokens in float64, by hand, and recorded selections.
+"""The router against a double loop over tokens in float64, by hand, and recorded selections.
 
 Legend: M local tokens of an image, Q question tokens, D channels.
 """
 
-import json
 import math
 import re
 from fractions import Fraction
@@ -11,14 +10,13 @@ from itertools import accumulate
 
 import pytest
 import torch
-from reference import reference_folder
-from safetensors.torch import load_file
+from reference import recorded_modules
 
 from sliming.router import relevance, route, select
 
 
 def scores_twin(local, question):
-    """One image: the mean cosine of each image token with all text tokens, by a double loop in float64."""
+    """One image: the mean cosine of each image token with all text tokens, by a double loop."""
     scores = []
     for image_token in local.double():
         cosines = [float(image_token @ text_token / (image_token.norm() * text_token.norm()))
@@ -45,7 +43,7 @@ def keep_twin(scores, gamma):
 def pair(tokens, words, dim=16, seed=0):
     """Random local tokens [M, D] and question tokens [Q, D]."""
     generator = torch.Generator().manual_seed(1000 * seed + 10 * tokens + words)
-    return torch.randn(tokens, dim, generator=generator), torch.randn(words, dim, generator=generator)
+    return torch.randn(tokens + words, dim, generator=generator).split([tokens, words])
 
 
 SIZES = [(7, 3), (1, 1), (144, 8), (49, 2), (9, 1), (2, 5)]  # (M, Q)
@@ -59,7 +57,8 @@ def test_route_is_the_double_loop(tokens, words, gamma, noise):
     draws = torch.randn(tokens, generator=torch.Generator().manual_seed(0))
     keep = route(local, question, gamma, noise=noise * draws if noise else None)
     assert keep.dtype == torch.bool and keep.shape == (tokens,)
-    scores = [score + noise * float(n) for score, n in zip(scores_twin(local, question), draws)]
+    scores = scores_twin(local, question)
+    scores = [score + noise * n for score, n in zip(scores, draws.tolist(), strict=True)]
     expected, margin = keep_twin(scores, gamma)
     assert margin > 1e-7 or gamma == 1, "a tie within rounding decides nothing: choose another seed"
     assert keep.tolist() == expected
@@ -70,14 +69,15 @@ def test_relevance_is_the_double_loop(tokens, words):
     local, question = pair(tokens, words)
     scores = relevance(local, question)
     assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores, torch.tensor(scores_twin(local, question)), rtol=0, atol=1e-6)
+    expected = torch.tensor(scores_twin(local, question))
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(relevance(local, question, "sum"), scores * words)
 
 
-@pytest.mark.parametrize("gamma, expected",
-                         [(0.4, [0]), (0.5, [0, 3]), (0.75, [0, 3]), (0.8, [0, 1, 3]), (1, [0, 1, 2, 3])])
+@pytest.mark.parametrize("gamma, expected", [
+    (0.4, [0]), (0.5, [0, 3]), (0.75, [0, 3]), (0.8, [0, 1, 3]), (1, [0, 1, 2, 3])])
 def test_on_paper(gamma, expected):
-    """Cosines 1, 0, -1, 0.707 -> exp 2.718, 1, 0.368, 2.028 (sum 6.114) -> softmax .445, .164, .060, .332.
+    """Cosines 1, 0, -1, .707: exp 2.718, 1, .368, 2.028; softmax .445, .164, .060, .332.
 
     Sorted and accumulated: .445 (token 0), .776 (token 3), .940 (token 1), 1 (token 2).
     """
@@ -86,7 +86,7 @@ def test_on_paper(gamma, expected):
 
 
 def test_average_is_over_cosines():
-    """A long text token counts no more than a short one: both image tokens score 1/2, the first wins."""
+    """A long text token counts as a short one: both image tokens score 1/2, the first wins."""
     local, question = torch.tensor([[0.0, 1], [1, 0]]), torch.tensor([[100.0, 0], [0, 1]])
     assert relevance(local, question).tolist() == [0.5, 0.5]
     assert route(local, question, 0.4).tolist() == [True, False]
@@ -94,20 +94,21 @@ def test_average_is_over_cosines():
 
 @pytest.mark.parametrize("gamma", [0.25, 0.5, 0.75])
 def test_ties_and_exact_cut(gamma):
-    """n equal tokens weigh 1/n each: those before the k-th add up to (k-1)/n, so floor(gamma n) + 1 stay.
+    """Of n equal tokens those before the k-th weigh (k-1)/n: the first floor(gamma n) + 1 stay.
 
-    They are the first ones. A softmax in float32 rounds 1/n and its sums, and moves this cut.
+    A softmax in float32 rounds 1/n and its sums, and moves this cut.
     """
     for n in range(1, 60):
         number = min(n, math.floor(gamma * n) + 1)
-        assert route(torch.ones(n, 3), torch.ones(1, 3), gamma).tolist() == [True] * number + [False] * (n - number)
+        keep = route(torch.ones(n, 3), torch.ones(1, 3), gamma)
+        assert keep.tolist() == [True] * number + [False] * (n - number)
 
 
 def test_the_cut_is_exact():
-    """20,000 tokens, added up as fractions; gamma a billionth around the mass before the k-th token."""
+    """20,000 tokens, added up as fractions; gamma a billionth around the mass before a token."""
     scores = torch.rand(20_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
     ranked = scores.sort(descending=True).values
-    before = [Fraction(0), *accumulate(Fraction(weight) for weight in (ranked - ranked[0]).exp().tolist())]
+    before = [Fraction(0), *accumulate(map(Fraction, (ranked - ranked[0]).exp().tolist()))]
     for k in range(1000, 20_000, 1234):
         for offset in (-1e-9, 1e-9):
             keep = select(scores, float(before[k] / before[-1]) + offset)
@@ -127,7 +128,7 @@ def test_without_question_or_tokens():
 
 
 def test_zero_token_scores_zero():
-    """A token of zeros has no direction: its cosine counts as 0, between a matching and an opposed one."""
+    """A token of zeros has no direction: its cosine counts as 0, between match and opposite."""
     local = torch.tensor([[-1.0, 0], [0, 0], [1, 0]])
     assert relevance(local, torch.tensor([[1.0, 0]])).tolist() == [-1, 0, 1]
 
@@ -147,15 +148,17 @@ def test_random_control_keeps_as_many_and_is_uniform():
     keep = torch.stack([route(local, question, 0.4, random=True) for _ in range(1000)])
     assert (keep.sum(dim=1) == number).all()
     share = number / 8
-    assert (keep.double().mean(dim=0) - share).abs().max() < 5 * math.sqrt(share * (1 - share) / 1000)
+    sigma = math.sqrt(share * (1 - share) / 1000)
+    assert (keep.double().mean(dim=0) - share).abs().max() < 5 * sigma
     torch.manual_seed(0)
     assert torch.equal(route(local, question, 0.4, random=True), keep[0])
 
 
 def test_no_graph_is_kept(monkeypatch):
-    """The hard selection has no gradient, so no [M, D] products may be held for a backward pass."""
+    """The hard selection has no gradient: no [M, D] products may be held for a backward pass."""
     seen = []
-    monkeypatch.setattr("sliming.router.select", lambda scores, *_: seen.append(scores) or scores > 0)
+    monkeypatch.setattr("sliming.router.select",
+                        lambda scores, *_: seen.append(scores) or scores > 0)
     local, question = (tensor.requires_grad_() for tensor in pair(5, 2))
     assert not route(local, question, 0.5).requires_grad and not seen[0].requires_grad
 
@@ -175,44 +178,41 @@ def test_gamma_out_of_range(gamma):
         route(torch.ones(1, 2), torch.ones(1, 2), gamma)
 
 
-@pytest.mark.parametrize("options", [{"score": "max"}, {"temperature": 0.0}, {"temperature": math.nan}])
+@pytest.mark.parametrize("options",
+                         [{"score": "max"}, {"temperature": 0.0}, {"temperature": math.nan}])
 def test_wrong_options(options):
     with pytest.raises(ValueError, match='score must be "mean" or "sum" and temperature above 0'):
         route(torch.ones(1, 2), torch.ones(1, 2), 0.5, **options)
 
 
-# --- recorded selections ---
+# ------------------------------------------------------------------------------ recorded selections
+
 
 @pytest.mark.reference
 def test_released_sampler():
-    """Similarities 2e-5, softmax 1e-6, selected tokens exactly. Released scores are sums over text tokens.
+    """Similarities 2e-5, softmax 1e-6, selected tokens exactly. Released scores are sums.
 
-    Recorded selections keep a margin to the cut, except at top-p 1, where we keep everything by definition.
+    Recorded selections keep a margin to the cut, except at top-p 1, where we keep everything.
     """
-    everything = load_file(reference_folder("golden") / "modules.safetensors")
-    cases = json.loads((reference_folder("golden") / "modules.json").read_text())["cases"]
     compared = 0
-    for case, info in cases.items():
-        if not info["cls"].startswith("TextGuidedSampler"):
-            continue
-        prefix = f"{case}/"
-        tensors = {key.removeprefix(prefix): v for key, v in everything.items() if key.startswith(prefix)}
+    for _, tensors in recorded_modules("TextGuidedSampler"):
         local, text, mask = tensors["in/local"], tensors["in/text"], tensors["in/mask"].bool()
         mean = relevance(local, text)
         torch.testing.assert_close(mean, tensors["out/similarity_nomask_mean"], rtol=0, atol=2e-5)
         total = relevance(local, text[mask], "sum")
         torch.testing.assert_close(total, tensors["out/similarity"], rtol=0, atol=2e-5)
         for key, expected in tensors.items():
-            found = re.fullmatch(r"out/(probs|indices)_(train_)?(?:topp([\d.]+)_)?temp([\d.]+)", key)
-            if not found:
+            form = r"out/(probs|indices)_(train_)?(?:topp([\d.]+)_)?temp([\d.]+)"
+            if not (found := re.fullmatch(form, key)):
                 continue
             kind, train, top_p, temperature = found.groups()
-            scores = (total + 0.1 * tensors["in/noise"] if train else total) / float(temperature)
+            noise, temperature = 0.1 * tensors["in/noise"] * bool(train), float(temperature)
             if kind == "probs":
-                torch.testing.assert_close(scores.softmax(dim=0), expected, rtol=0, atol=1e-6)
+                p = ((total + noise) / temperature).softmax(dim=0)
+                torch.testing.assert_close(p, expected, rtol=0, atol=1e-6)
             elif float(top_p) < 1:
-                keep = route(local, text[mask], float(top_p), score="sum", temperature=float(temperature),
-                             noise=0.1 * tensors["in/noise"] if train else None)
+                keep = route(local, text[mask], float(top_p), score="sum",
+                             temperature=temperature, noise=noise if train else None)
                 assert torch.equal(keep.nonzero().flatten(), expected), key
             compared += 1
-    assert compared, "the folder holds no TextGuidedSampler case"
+    assert compared

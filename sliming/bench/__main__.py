@@ -1,3 +1,3 @@
-from sliming.bench.everything import main
+from sliming.bench.run import main
 
 main()

@@ -12,13 +12,12 @@ from pathlib import Path
 from transformers import AutoConfig, CLIPVisionConfig, GenerationConfig
 
 from sliming.backbones import TINY, VisionTower
+from sliming.checkpoints import files
 from sliming.checkpoints.files import (
     Checkpoint,
     CheckpointError,
     Tensors,
     checked,
-    download,
-    fill,
     read_tokenizer,
     read_weights,
     reading,
@@ -55,7 +54,7 @@ def place(name: str, tiny: str) -> Path:
     """The folder of a backbone."""
     if name == "tiny":
         return TINY / tiny
-    return checked(Path(name) if Path(name).is_dir() else download(name))
+    return checked(Path(name) if Path(name).is_dir() else files.download(name))
 
 
 def cut(config: CLIPVisionConfig, layer: int) -> CLIPVisionConfig:
@@ -63,18 +62,19 @@ def cut(config: CLIPVisionConfig, layer: int) -> CLIPVisionConfig:
     is the output of the last layer but one, -1 that of the last."""
     used = config.num_hidden_layers + 1 + layer
     if layer >= 0 or used < 1:
-        raise CheckpointError(f"vision_layer must be -1 .. -{config.num_hidden_layers}, got {layer}")
+        raise CheckpointError(f"vision_layer must be -1 .. -{config.num_hidden_layers}, "
+                              f"got {layer}")
     return CLIPVisionConfig.from_dict({**config.to_dict(), "num_hidden_layers": used})
 
 
 def tower_tensors(folder: Path, layers: int) -> Tensors:
     """The vision half of a CLIP model, its first `layers` layers."""
-    others = ("text_", "visual_projection", "logit_scale", "post_layernorm",
+    unused = ("text_", "visual_projection", "logit_scale", "post_layernorm",
               "embeddings.position_ids")
     for name, tensor in read_weights(folder, "model"):
         name = name.removeprefix("vision_model.")
         layer = name.removeprefix("encoder.layers.").partition(".")[0]
-        if not name.startswith(others) and not (layer.isdecimal() and int(layer) >= layers):
+        if not name.startswith(unused) and not (layer.isdecimal() and int(layer) >= layers):
             yield name, tensor
 
 
@@ -84,5 +84,6 @@ def load_vision(name: str, layer: int) -> VisionTower:
     config = cut(CLIPVisionConfig.from_pretrained(folder), layer)
     tower = VisionTower(config)
     materialise(tower, "cpu")
-    fill(dict(tower.clip.named_parameters()), tower_tensors(folder, config.num_hidden_layers), folder)
+    tensors = tower_tensors(folder, config.num_hidden_layers)
+    files.fill(dict(tower.clip.named_parameters()), tensors, folder)
     return tower

@@ -70,7 +70,9 @@ class States:
             for parameter in group["params"]:
                 moments = self.optimizer.state[parameter]
                 if not moments:
-                    moments |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter),
+                    place = parameter.device if group["fused"] else "cpu"  # as AdamW has it
+                    moments |= {"step": torch.zeros((), device=place),
+                                "exp_avg": torch.zeros_like(parameter),
                                 "exp_avg_sq": torch.zeros_like(parameter)}
                 state |= {f"{names[parameter]}/{what}": tensor for what, tensor in
                           {"weight": parameter.detach(), **moments}.items()}

@@ -82,9 +82,9 @@ class SliMEForLmmsEval(lmms):
                              "--gen_kwargs)")
         if options.get("do_sample") is False:
             temperature = 0.0
-        (texts,) = self.model.answer_all(samples, lambda sample: sample, len(samples),
-                                         max_new_tokens=limit, temperature=temperature,
-                                         top_p=float(options.get("top_p") or 1.0))
+        answers = self.model.generate_batch(samples, max_new_tokens=limit, temperature=temperature,
+                                            top_p=float(options.get("top_p") or 1.0))
+        texts = [self.model.processor.tokenizer.decode(ids).strip() for ids in answers]
         until = options.get("until") or []
         for stop in [until] if isinstance(until, str) else until:
             texts = [text.split(stop)[0] if stop else text for text in texts]

@@ -103,7 +103,7 @@ def answer_benchmark(model: SliME, name: str, questions: list[Question], images:
             file.flush()
         for said in model.answer_all(todo, lambda question: to_sample(model, question, images),
                                      batch_size, max_new_tokens=find(name).answer_tokens):
-            for question, text in zip(todo[bar.n:bar.n + len(said)], said, strict=True):
+            for question, text in said:
                 rows.append({"id": question.id, "prompt": question.prompt, "prediction": text,
                              "references": question.references, "context": question.context})
                 file.write(json.dumps(rows[-1], ensure_ascii=False) + "\n")

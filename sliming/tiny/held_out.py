@@ -1,5 +1,7 @@
 """The built-in held-out questions, and how well a model answers them."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -10,6 +12,7 @@ from sliming.distributed import reduce
 from sliming.generate import exact_match
 from sliming.inputs import Batch
 from sliming.model import SliME
+from sliming.tiny.features import Features
 from sliming.tiny.pictures import (
     Scene,
     detail_questions,
@@ -20,12 +23,14 @@ from sliming.tiny.pictures import (
     sample_scene,
 )
 
+FAMILIES = ("global", "detail")
+
 
 def held_out_scene(
     family: str, index: int, across_seams: bool = False
 ) -> tuple[Scene, np.random.Generator]:
     """The large picture behind held-out record `index`, and the stream that draws it and asks."""
-    rng = generator("held-out", ("global", "detail").index(family), index)
+    rng = generator("held-out", FAMILIES.index(family), index)
     return sample_scene(rng, across_seams=across_seams), rng
 
 
@@ -55,19 +60,25 @@ SETTINGS = {
 @torch.no_grad()
 def held_out_accuracy(
     model: SliME, questions: int, parts: str = "both", across_seams: bool = False,
-    batch_size: int = 32, rank: int = 0, world: int = 1,
+    batch_size: int = 32, rank: int = 0, world: int = 1, folder: Path | None = None,
 ) -> dict[str, dict]:
     """`questions` of each family in every setting: {name: {accuracy, n, local_tokens}}.
 
     `local_tokens` is the mean number of local tokens that the language model saw. `parts` "global"
     restricts every setting to the global view, for a model whose compression is not trained yet.
-    Of `world` processes each answers every world-th batch; all get the same results.
+    Of `world` processes each answers every world-th batch; all get the same results. `folder`: the
+    pictures' features are kept in it, for whoever asks about them again.
     """
     model.eval()
     device = model.device
     counts = {name: [0, 0] for name in SETTINGS}  # right answers, local tokens
-    starts = [(family, start) for family in ("global", "detail")
-              for start in range(0, questions, batch_size)]
+    starts = [(family, start) for family in FAMILIES for start in range(0, questions, batch_size)]
+    known = {}
+    if folder is not None:
+        for family in FAMILIES:
+            pictures = (held_out(family, i, across_seams)["image"] for i in range(questions))
+            name = f"held-out-{family}-{questions}-pictures{'-across-seams' * across_seams}"
+            known[family] = Features(folder, name, pictures, model, parts)
     # The random tokens have a seed per batch; the training's own stream goes on as if not used.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for family, start in tqdm(starts[rank::world], desc="held-out questions", unit="batch",
@@ -75,7 +86,11 @@ def held_out_accuracy(
             torch.manual_seed(start)
             records = [held_out(family, index, across_seams)
                        for index in range(start, min(start + batch_size, questions))]
-            samples = [load_sample(record, None, "chat", model.processor) for record in records]
+            if known:
+                records = [{**record, "image": known[family][start + place]}
+                           for place, record in enumerate(records)]
+            samples = [load_sample(record, None, "chat", model.processor, parts=parts)
+                       for record in records]
             add_batch(counts, model, Batch.pack(samples).to(device), family, parts)
     if world > 1:
         sums = iter(reduce([n for pair in counts.values() for n in pair], torch.device("cpu")))
@@ -87,7 +102,7 @@ def held_out_accuracy(
 
 def add_batch(counts: dict[str, list], model: SliME, batch: Batch, family: str, parts: str) -> None:
     """Adds right answers and local tokens of one batch to every setting of its family."""
-    features, done = model.encode(batch), {}
+    features, done = model.encode(batch, parts), {}
     for name, (asks, shown, gamma, random_tokens) in SETTINGS.items():
         if asks != family:
             continue

@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 from sliming.chat import DETAIL_PROMPTS
+from sliming.slicer import Slices
 
 CROP = 64  # S: side of one crop in pixels; the tiny vision tower's input size
 KINDS = ("chart", "table", "shapes")
@@ -301,31 +302,42 @@ def generator(split: str, *key: int) -> np.random.Generator:
 class TrainingSet:
     """Endless training records of one stage, deterministic per (seed, index).
 
-    A record has the fields of LLaVA's format: `id`, `image` (here a PIL image instead of a path) and `conversations`.
+    With a `pool` there are so many pictures only, and new words about them every time. A record has the fields of LLaVA's format: `id`, `image` (here a PIL image instead of a path) and `conversations`.
     """
 
     stage: int
     seed: int = 0
+    pool: int | None = None
 
     def __getitem__(self, index: int) -> dict:
-        rng = generator("train", self.stage, self.seed, index)
-        scene = sample_scene(rng, small=rng.random() < SMALL_SHARE[self.stage])
-        if self.stage == 1:
-            turns = [("", caption(scene, rng, readable=scene.small))]
-        elif self.stage == 2:
-            turns = [(DETAIL_PROMPTS[rng.integers(len(DETAIL_PROMPTS))], description(scene, rng))]
-        else:  # up to six different questions about one picture, as in LLaVA's instruction data: words are cheap, pixels not
-            pools = [list(rng.permutation(pairs)) for pairs in (detail_questions(scene), global_questions(scene))]
-            turns = []
-            for _ in range(int(rng.integers(1, 7))):
-                pool = pools[int(rng.random() < 0.5)]
-                if pool:
-                    turns.append(tuple(map(str, pool.pop())))
-            turns = turns or [detail_questions(scene)[0]]
+        scene, rng = self.scene(index)
+        turns = self.turns(scene, rng, index)
         return record(f"train-{self.stage}-{index}", render(scene, rng), turns)
 
+    def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
+        """The picture of a record, and the stream that draws it and, without a pool, the words."""
+        rng = generator("train", self.stage, self.seed, index if self.pool is None else index % self.pool)
+        return sample_scene(rng, small=rng.random() < SMALL_SHARE[self.stage]), rng
 
-def record(name: str, image: Image.Image, turns: list[tuple[str, str]]) -> dict:
+    def turns(self, scene: Scene, rng: np.random.Generator, index: int) -> list[tuple[str, str]]:
+        """What a record says about its picture: (question, answer) pairs."""
+        if self.pool is not None:
+            rng = generator("train", self.stage, self.seed, index, 1)
+        if self.stage == 1:
+            return [("", caption(scene, rng, readable=scene.small))]
+        if self.stage == 2:
+            return [(DETAIL_PROMPTS[rng.integers(len(DETAIL_PROMPTS))], description(scene, rng))]
+        # Up to six different questions about one picture, as in LLaVA's instruction data: words are cheap, pixels not.
+        pools = [list(rng.permutation(pairs)) for pairs in (detail_questions(scene), global_questions(scene))]
+        turns = []
+        for _ in range(int(rng.integers(1, 7))):
+            pool = pools[int(rng.random() < 0.5)]
+            if pool:
+                turns.append(tuple(map(str, pool.pop())))
+        return turns or [detail_questions(scene)[0]]
+
+
+def record(name: str, image: Image.Image | Slices, turns: list[tuple[str, str]]) -> dict:
     conversations = []
     for index, (question, answer) in enumerate(turns):
         marker = "<image>\n" if index == 0 else ""

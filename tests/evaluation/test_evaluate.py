@@ -358,7 +358,8 @@ def test_batched_answers_are_those_one_by_one(model, tmp_path):
         lambda module, inputs, output: logits.append(output))
 
     def at_once(limit=7) -> list[str]:
-        return sum(model.answer_all(samples, lambda sample: sample, 8, max_new_tokens=limit), [])
+        return [text for said in model.answer_all(samples, lambda sample: sample, 8, max_new_tokens=limit)
+                for _, text in said]
 
     def one_by_one() -> list[str]:
         return [model.processor.tokenizer.decode(list(model.generate(sample, max_new_tokens=7))).strip()

@@ -5,8 +5,18 @@ import pytest
 
 from sliming.slicer import slice_image
 from sliming.tiny.held_out import held_out
-from sliming.tiny.pictures import (COUNTS, CROP, DETAIL_PROMPTS, GLYPHS, TrainingSet, detail_questions, generator,
-                                   global_questions, render, sample_scene)
+from sliming.tiny.pictures import (
+    COUNTS,
+    CROP,
+    DETAIL_PROMPTS,
+    GLYPHS,
+    TrainingSet,
+    detail_questions,
+    generator,
+    global_questions,
+    render,
+    sample_scene,
+)
 
 
 def scenes(count, **options):

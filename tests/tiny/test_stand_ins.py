@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from sliming.backbones import TINY, packed_attention
+from sliming.backbones import TINY, Segments, packed_attention
 from sliming.checkpoints.pretrained import load_vision
-from sliming.tiny.pretrain import CLASSES, dense_labels, lookup_accuracy, tower_batch
 from sliming.tiny.pictures import generator, sample_scene
+from sliming.tiny.pretrain import CLASSES, dense_labels, lookup_accuracy, tower_batch
 
 
 def probe_data(tower, key, pictures):
@@ -62,7 +62,7 @@ def test_packed_attention_is_a_block_of_causal_attentions(segments, kv_heads):
     total = sum(segments)
     q = torch.randn(1, 4, total, 8, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(1, kv_heads, total, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    out, _ = packed_attention(None, q, k, v, None, scaling=0.3, segments=segments)
+    out, _ = packed_attention(None, q, k, v, None, scaling=0.3, segments=Segments(segments, "cpu"))
     sample = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(segments))
     mask = (sample[:, None] == sample) & torch.ones(total, total, dtype=torch.bool).tril()
     repeated = [t.repeat_interleave(4 // kv_heads, dim=1) for t in (k, v)]

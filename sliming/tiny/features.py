@@ -1,0 +1,128 @@
+"""Features of the built-in pictures, made once.
+
+The vision tower is frozen: what it says of a picture never changes. Pictures that are seen more
+than once (those of a training's pool, those of the evaluation after every stage) are read by the
+tower once, and what it said is kept in a file.
+
+Legend: N pictures, V different views of all of them, P crops of one, L patches per view, Dv vision
+width.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from sliming.config import STAGES, TrainConfig
+from sliming.distributed import is_main
+from sliming.model import SliME
+from sliming.slicer import Slices
+from sliming.tiny.pictures import TrainingSet, record
+
+BATCH = 32  # pictures that the tower reads at once
+
+
+class Features(Sequence):
+    """What the tower says of N pictures: item i is `Slices` with features in the place of pixels.
+
+    They lie in `folder`, float32 [V, L, Dv], and are read one picture at a time. Equal views, a
+    third of the crops is blank paper, are there once. The file is named by `name` and by all that
+    its content depends on; who comes first makes it.
+    """
+
+    def __init__(self, folder: Path, name: str, pictures: Iterable[Image.Image], model: SliME,
+                 parts: str):
+        c = model.config
+        content = hashlib.sha256(repr((parts, c.vision_config, c.slicing, c.global_view, c.max_side,
+                                       c.max_crops, c.resize)).encode())
+        for tensor in model.vision.state_dict().values():
+            content.update(tensor.float().cpu().numpy().tobytes())
+        self.path = folder / f"{name}-{content.hexdigest()[:16]}.f32"
+        self.parts = parts
+        self.shape = -1, model.processor.num_patches, len(model.adapter.w_gate)  # V, L, Dv
+        index = self.path.with_suffix(".npz")
+        if not index.is_file():  # it is written last
+            grids, places = self.make(pictures, model)
+            np.savez(index, grids=grids, places=places)
+        with np.load(index) as found:
+            self.grids, self.places = found["grids"], found["places"]          # [N, 2], [all views]
+        views = (parts != "local") + (parts != "global") * self.grids.prod(1)  # [N]
+        self.starts = np.concatenate([[0], views.cumsum()])                    # [N + 1]
+
+    @torch.no_grad()
+    def make(self, pictures: Iterable[Image.Image], model: SliME) -> tuple[list, list[int]]:
+        """Writes the file; the pictures' grids, and every view's place in it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Two runs may make it at the same time: each its own file.
+        handle, temporary = tempfile.mkstemp(dir=self.path.parent)
+        grids, places, known = [], [], {}  # known: pixels -> place
+        pictures = iter(tqdm(pictures, self.path.stem.rpartition("-")[0], unit="picture",
+                             leave=False, disable=not is_main()))
+        with os.fdopen(handle, "wb") as file:
+            while some := list(islice(pictures, BATCH)):
+                new = []
+                for slices in (model.processor.slice(one, None, self.parts) for one in some):
+                    grids.append(slices.grid)
+                    views = [] if slices.global_view is None else [slices.global_view]
+                    for view in [*views, *(() if slices.crops is None else slices.crops)]:
+                        pixels = hashlib.blake2b(view.numpy().tobytes()).digest()
+                        if pixels not in known:
+                            known[pixels] = len(known)
+                            new.append(view)
+                        places.append(known[pixels])
+                if new:
+                    features = model.vision(torch.stack(new).to(model.vision.mean.device))
+                    file.write(features.float().cpu().numpy().tobytes())
+        os.replace(temporary, self.path)
+        return grids, places
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    def __getitem__(self, index: int) -> Slices:
+        start, end = self.starts[index:index + 2]
+        kept = np.memmap(self.path, np.float32, "r").reshape(self.shape)       # [V, L, Dv]
+        views = torch.from_numpy(kept[self.places[start:end]])                 # [1 + P, L, Dv]
+        whole = self.parts != "local"
+        return Slices(views[0] if whole else None,
+                      views[int(whole):] if self.parts != "global" else None,
+                      tuple(self.grids[index].tolist()))
+
+
+@dataclass(frozen=True)
+class Pool:
+    """`TrainingSet`'s records with features in the place of their pictures."""
+
+    records: TrainingSet
+    features: Features
+
+    def __getitem__(self, index: int) -> dict:
+        scene, rng = self.records.scene(index)
+        return record(f"train-{self.records.stage}-{index}",
+                      self.features[index % self.records.pool],
+                      self.records.turns(scene, rng, index))
+
+
+def training_set(config: TrainConfig, stage: int, model: SliME,
+                 device: torch.device) -> TrainingSet | Pool:
+    """A stage's built-in records; from a pool where the stage would come back to its pictures."""
+    recipe, parts = config.recipe(stage), STAGES[stage].parts
+    shown = (recipe.steps or 0) * recipe.batch_size
+    # A bound on tokens cuts pictures anew.
+    if not 0 < recipe.pool < shown or recipe.max_tokens is not None:
+        return TrainingSet(stage, config.seed)
+    records = TrainingSet(stage, config.seed, recipe.pool)
+    if recipe.shard != "none":  # a tower that is divided runs within the model only
+        return records
+    pictures = (records[index]["image"] for index in range(recipe.pool))
+    features = Features(Path(config.out) / "features", f"stage{stage}-seed{config.seed}-"
+                        f"{recipe.pool}-pictures", pictures, model, parts)
+    return Pool(records, features)
