@@ -314,5 +314,5 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        name = self.prog.removeprefix("python -m ")
+        name = self.prog.removeprefix("python -m ").partition(" ")[0]
         self.exit(2, f"{name}: {plain(message)}; --help lists the flags\n")

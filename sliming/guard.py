@@ -174,8 +174,10 @@ def end(program: str, message: str, code: int) -> None:
     """Prints the one line and ends the program."""
     rank = os.environ.get("RANK", "0")
     message = short(plain(" ".join(message.split())))
-    print(f"{program}: {'' if rank == '0' else f'rank {rank}: '}{message}", file=sys.stderr,
-          flush=True)
+    message = f"{program}: {'' if rank == '0' else f'rank {rank}: '}{message}"
+    if code == 1:
+        sys.exit(message)
+    print(message, file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -423,8 +423,9 @@ def run(monkeypatch, capsys, folder, *flags, stopped=None):
             train.main()
         except Killed:
             return "killed"
-        except SystemExit:
-            pass
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
     said = capsys.readouterr()
     return said.out + said.err
 

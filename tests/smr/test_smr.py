@@ -20,6 +20,7 @@ from sliming.config import PRESETS
 from sliming.data import RecordFile, check_record
 from sliming.evaluation.metrics import score
 from sliming.model import SliME
+from sliming.guard import InputError
 from sliming.records import RecordError, mend, resume
 from sliming.smr import build as smr
 from sliming.smr import filters
@@ -361,7 +362,7 @@ def test_a_killed_build_leaves_no_workers_and_no_lock(tmp_path):
 
     try:
         until(3)
-        with pytest.raises(RecordError, match=f"process {process.pid} is writing it"):
+        with pytest.raises(InputError, match=f"process {process.pid} is writing it"):
             build("dvqa", tmp_path / "raw", out)
     finally:
         process.kill()
@@ -624,6 +625,7 @@ def main(monkeypatch, capsys):
         except SystemExit as error:
             message = str(error.code)
         printed = capsys.readouterr()
+        message = printed.err.splitlines()[-1] if message == "2" else message
         return printed.out, message, printed.err
     return call
 
@@ -642,7 +644,7 @@ def test_command_line(tmp_path, main):
             (("build", "dvqa", folder, "--out", out), "looks like ai2d"),
             ((*command, "--exclude", tmp_path / "none.json"), "none.json"),
             ((*command, "--splits", "val"), "no split 'val' of ai2d; there are test, train"),
-            ((*command, "--workers", 0), "above 0, not '0'"), (("build", "x"), "invalid choice"),
+            ((*command, "--workers", 0), "at least 1 and at most 1024, not '0'"), (("build", "x"), "invalid choice"),
             ((*command[:4], tmp_path / "no/smr.jsonl"), "a file in a folder that exists"),
             ((*command, "--machine"), "--machine changes nothing for ai2d: it is of chartqa"),
             (("stats", tmp_path / "none.jsonl"), "none.jsonl")):
