@@ -8,13 +8,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from sliming.model import SliME
 from sliming.config import PRESETS
+from sliming.model import SliME
 
 
 @pytest.fixture
 def model() -> SliME:
-    """The tiny preset before training (new adapter and compression, seeded), with gates that are not all equal."""
+    """The tiny preset before training, seeded, with gates that are not all equal."""
     torch.manual_seed(0)
     model = SliME.from_backbones(PRESETS["tiny"].model).eval()
     torch.nn.init.normal_(model.adapter.w_gate, std=0.2)
