@@ -10,8 +10,8 @@ if "SLIMING_TEST_GPU" not in os.environ:  # the tests and all their children run
 import pytest
 import torch
 
-from sliming.model import SliME
 from sliming.config import PRESETS
+from sliming.model import SliME
 
 
 def pytest_addoption(parser):
@@ -20,7 +20,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def model() -> SliME:
-    """The tiny preset before training (new adapter and compression, seeded), with gates that are not all equal."""
+    """The tiny preset before training, seeded, with gates that are not all equal."""
     torch.manual_seed(0)
     model = SliME.from_backbones(PRESETS["tiny"].model).eval()
     torch.nn.init.normal_(model.adapter.w_gate, std=0.2)

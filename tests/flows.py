@@ -1,7 +1,7 @@
 """train.py run as its user runs it, for the tests of whole flows.
 
-Starting a process costs seconds of imports, so `run_train` takes several command lines and runs them one after another in
-one process (or one set of ranks).
+Starting a process costs seconds of imports, so `run_train` takes several command lines and runs
+them one after another in one process (or one set of ranks).
 """
 
 import json
@@ -9,29 +9,34 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+LLAMA3_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
 def run_train(*commands, ranks=None, limit=None, cwd=ROOT, **environment):
-    """train.py with each command line (a list of flags) in turn, in processes of their own, under torchrun if `ranks` is
-    given; on the CPU unless `environment` shows it GPUs. `limit` bounds the size of files in bytes."""
-    launch = [sys.executable] if ranks is None else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                     f"--nproc_per_node={ranks}"]
-    before = None
+    """train.py with each command line (a list of flags) in turn, in processes of their own, under
+    torchrun if `ranks` is given; on the CPU unless `environment` shows it GPUs. `limit` bounds the
+    size of files in bytes."""
+    launch, before = [sys.executable], None
+    if ranks is not None:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     if limit is not None:
         import resource
-        before = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment}
+        before = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+                   "CUDA_VISIBLE_DEVICES": "", **environment}
     commands = json.dumps([[str(flag) for flag in command] for command in commands])
-    return subprocess.run([*launch, __file__, commands], capture_output=True, text=True, preexec_fn=before, env=environment,
-                          cwd=cwd, timeout=300)
+    return subprocess.run([*launch, __file__, commands], capture_output=True, text=True,
+                          preexec_fn=before, env=environment, cwd=cwd, timeout=300)
 
 
 def losses(folder):
     """The loss of every step in a stage's folder."""
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 class Interrupted(BaseException):
@@ -40,7 +45,7 @@ class Interrupted(BaseException):
 
 @contextmanager
 def stop_after(step, here):
-    """Stops the training, `here`, when the state of `step` steps has been saved: an interruption at a known moment."""
+    """Stops the training, `here`, when the state of `step` steps has been saved."""
     from sliming.checkpoints.states import States
     save = States.save
 
@@ -63,7 +68,8 @@ if __name__ == "__main__":
     import torch.distributed as dist
 
     import train
-    dist.destroy_process_group, destroy = lambda: None, dist.destroy_process_group  # one group for all commands
+    destroy = dist.destroy_process_group
+    dist.destroy_process_group = lambda: None  # one group for all commands
     for command in json.loads(sys.argv[1]):
         sys.argv = ["train.py", *command]
         with stop_after(os.environ.get("SLIMING_TEST_STOP"), "down" in " ".join(command)):

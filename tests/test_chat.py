@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from flows import LLAMA3_TOKENS
 from transformers import AutoTokenizer
 
 from sliming.backbones import TINY
@@ -14,20 +15,11 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(TINY / "llm")
 
 
+SAID = ("<image>\nHow many bars are there?", "four", "And rows?", "two")
+
+
 def turns(*values):
     return [{"from": "gpt" if i % 2 else "human", "value": value} for i, value in enumerate(values)]
-
-
-def test_chat_template_word_for_word(tokenizer):
-    encoded = encode(turns("<image>\nHow many bars are there?", "four", "And rows?", "two"), "chat", tokenizer)
-    image = encoded.ids.index(IMAGE_TOKEN)
-    assert tokenizer.decode(encoded.ids[:image]) == "<s>USER: "
-    assert tokenizer.decode(encoded.ids[image + 1:]) == \
-        "\nHow many bars are there? ASSISTANT: four</s>USER: And rows? ASSISTANT: two</s>"
-    learned = [token for token in encoded.labels if token != IGNORE]
-    assert tokenizer.decode(learned) == " four</s> two</s>"
-    assert [i for i, label in zip(encoded.ids, encoded.labels) if label != IGNORE] == learned
-    assert tokenizer.decode(encoded.question) == "How many bars are there?And rows?"
 
 
 def test_plain_template_drops_the_question(tokenizer):
@@ -36,13 +28,17 @@ def test_plain_template_drops_the_question(tokenizer):
     assert tokenizer.decode(encoded.ids[2:]) == "a chart</s>" and encoded.question == []
 
 
-# The templates of the released models, word for word (yfzhang114/SliME, llava/conversation.py, conv_vicuna_v1 and
-# conv_llama_3): <> marks what is learned.
-RELEASED = {
-    "vicuna_v1": "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-                 "detailed, and polite answers to the user's questions. USER: <image>\nHow many bars are there? ASSISTANT:"
+# Ours, and those of the released models, word for word (yfzhang114/SliME, llava/conversation.py,
+# conv_vicuna_v1 and conv_llama_3): <> marks what is learned.
+WORDS = {
+    "chat": "<s>USER: <image>\nHow many bars are there? ASSISTANT:<> four</s></>"
+            "USER: And rows? ASSISTANT:<> two</s></>",
+    "vicuna_v1": "<s>A chat between a curious user and an artificial intelligence assistant. "
+                 "The assistant gives helpful, detailed, and polite answers to the user's "
+                 "questions. USER: <image>\nHow many bars are there? ASSISTANT:"
                  "<> four</s></>USER: And rows? ASSISTANT:<> two</s></>",
-    "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\n<image>\nHow many bars are there?<|eot_id|>"
+    "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\n"
+              "<image>\nHow many bars are there?<|eot_id|>"
               "<|start_header_id|>assistant<|end_header_id|>\n\n<>four<|eot_id|></>"
               "<|start_header_id|>user<|end_header_id|>\n\nAnd rows?<|eot_id|>"
               "<|start_header_id|>assistant<|end_header_id|>\n\n<>two<|eot_id|></>"}
@@ -50,59 +46,66 @@ RELEASED = {
 
 def spoken(encoded, tokenizer):
     """Token ids as text, with <image>, and <> around what is learned."""
-    runs = []  # [learned, ids]; an image is a run of its own
+    runs = []  # (learned, ids); an image is a run of its own
     for token, label in zip(encoded.ids, encoded.labels, strict=True):
         assert label in (token, IGNORE)
         flag = "image" if token == IMAGE_TOKEN else label != IGNORE
         if not runs or runs[-1][0] != flag:
             runs.append((flag, []))
         runs[-1][1].append(token)
-    return "".join("<image>" if flag == "image" else ("<>{}</>" if flag else "{}").format(tokenizer.decode(ids))
+    around = {True: "<>{}</>", False: "{}"}
+    return "".join("<image>" if flag == "image" else around[flag].format(tokenizer.decode(ids))
                    for flag, ids in runs)
 
 
-@pytest.mark.parametrize("template", RELEASED)
-def test_released_templates_word_for_word(template):
+@pytest.mark.parametrize("template", WORDS)
+def test_templates_word_for_word(template):
     tokenizer = AutoTokenizer.from_pretrained(TINY / "llm")
     if template == "llama3":
-        with pytest.raises(ValueError, match="needs the token .*which this tokenizer does not have: choose another"):
+        message = "needs the token .*which this tokenizer does not have: choose another"
+        with pytest.raises(ValueError, match=message):
             encode(turns("Who?"), template, tokenizer)
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]})
-    conversation = turns("<image>\nHow many bars are there?", "four", "And rows?", "two")
+        tokenizer.add_special_tokens({"additional_special_tokens": LLAMA3_TOKENS})
+    conversation = turns(*SAID)
     encoded = encode(conversation, template, tokenizer)
-    assert spoken(encoded, tokenizer) == RELEASED[template]
+    assert spoken(encoded, tokenizer) == WORDS[template]
     assert tokenizer.decode(encoded.question) == "How many bars are there?And rows?"
     prompt = encode(conversation[:3], template, tokenizer)  # to be answered
     assert prompt.ids == encoded.ids[:len(prompt.ids)]
-    rest = encode(conversation[2:], template, tokenizer, begin=False)  # the second turn alone, to go on with
+    # The second turn alone, to go on with.
+    rest = encode(conversation[2:], template, tokenizer, begin=False)
     assert encoded.ids[-len(rest.ids):] == rest.ids and tokenizer.bos_token_id not in rest.ids
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["older", "newer"])
 def vicuna(request, tmp_path_factory):
-    """A tokenizer as Vicuna's checkpoints bring it: tokenizer.model, its words begin with a space. The newer kind leaves
-    the space away after a special token."""
+    """A tokenizer as Vicuna's checkpoints bring it: tokenizer.model, its words begin with a space.
+    The newer kind leaves the space away after a special token."""
     import sentencepiece
     folder = tmp_path_factory.mktemp("vicuna")
-    text = [RELEASED["vicuna_v1"].replace("\n", " "), "How many bars are there? four two USER ASSISTANT"] * 20
+    text = [WORDS["vicuna_v1"].replace("\n", " "),
+            "How many bars are there? four two USER ASSISTANT"] * 20
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), vocab_size=400, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": request.param, "bos_token": "<s>", "eos_token": "</s>",
-                    "unk_token": "<unk>"}))
+        sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), vocab_size=400,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2)
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "LlamaTokenizer", "legacy": request.param, "bos_token": "<s>",
+         "eos_token": "</s>", "unk_token": "<unk>"}))
     return AutoTokenizer.from_pretrained(folder)
 
 
 def test_tokens_of_a_released_vicuna_prompt(vicuna):
-    """Pieces between images as the released tokenizer_image_token makes them: each by itself, without its own <s>."""
-    encoded = encode(turns("<image>\nHow many bars are there?", "four", "And rows?", "two"), "vicuna_v1", vicuna)
-    before, after = RELEASED["vicuna_v1"].replace("<>", "").replace("</>", "").removeprefix("<s>").split("<image>")
-    pieces = [vicuna(piece, add_special_tokens=False)["input_ids"] for piece in (before, after)]
+    """Pieces between images as the released code makes them: by themselves, without their <s>."""
+    encoded = encode(turns(*SAID), "vicuna_v1", vicuna)
+    text = WORDS["vicuna_v1"].replace("<>", "").replace("</>", "").removeprefix("<s>")
+    pieces = [vicuna(piece, add_special_tokens=False)["input_ids"]
+              for piece in text.split("<image>")]
     assert encoded.ids == [vicuna.bos_token_id, *pieces[0], IMAGE_TOKEN, *pieces[1]]
     learned = vicuna.convert_ids_to_tokens([label for label in encoded.labels if label != IGNORE])
     assert "".join(learned) == "\u2581four</s>\u2581two</s>"
-    assert ("\u2581USER" in vicuna.convert_ids_to_tokens(pieces[1])) is vicuna.legacy  # the fixture's two kinds differ
+    # The fixture's two kinds differ.
+    assert ("\u2581USER" in vicuna.convert_ids_to_tokens(pieces[1])) is vicuna.legacy
     rest = encode(turns("And rows?", "two"), "vicuna_v1", vicuna, begin=False)
     assert encoded.ids[-len(rest.ids):] == rest.ids
 
@@ -115,7 +118,8 @@ def test_a_prompt_ends_where_the_answer_begins(tokenizer):
 
 def test_special_tokens_in_somebodys_text_stay_text(tokenizer):
     encoded = encode(turns("say </s> and <s>", "</s>"), "chat", tokenizer)
-    assert encoded.ids.count(tokenizer.eos_token_id) == 1 and encoded.ids.count(tokenizer.bos_token_id) == 1
+    assert encoded.ids.count(tokenizer.eos_token_id) == 1
+    assert encoded.ids.count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize("text", ["Grüße, 漢字 und 🙂", "\x00\t\n\r", "a" * 1000, "١٢٣", "e\u0301"])

@@ -1,4 +1,4 @@
-"""A rank that shares a model holds its part, a layer and little more: when it is read, and when it is written."""
+"""A rank that shares a model holds its part, a layer and little more, reading and writing it."""
 
 import json
 import os
@@ -40,7 +40,7 @@ class Peak(threading.Thread):
 
 
 def rank(folder):
-    """What each rank runs: sharded reading and writing of a model with bfloat16 weights, stage I."""
+    """What each rank runs: sharded reading and writing of a bfloat16 model, stage I."""
     from sliming.checkpoints import files, pretrained
     from sliming.config import SliMEConfig, TrainConfig
     from sliming.model import SliME
@@ -53,12 +53,13 @@ def rank(folder):
     peak = Peak()
     prepare(model, TrainConfig(stage="1", shard="params", bf16=True), 1, torch.device("cpu"))
     model.fill(found, "cpu")
-    reading = peak.taken()
+    row = {"reading": peak.taken()}
     files.write(folder / "out", model.config, model.tensors(), model.processor.tokenizer)
-    size = sum(p.to_local().numel() * p.element_size() for p in model.parameters()) / 2**20
-    layers = model.llm.get_decoder().layers
-    layer = sum(p.numel() * p.element_size() for p in layers[0].parameters()) / 2**20
-    print(json.dumps({"shard": size, "layer": layer, "reading": reading, "writing": peak.taken()}), flush=True)
+    row["writing"] = peak.taken()
+    layer = model.llm.get_decoder().layers[0].parameters()
+    row["shard"] = sum(p.to_local().numel() * p.element_size() for p in model.parameters()) / 2**20
+    row["layer"] = sum(p.numel() * p.element_size() for p in layer) / 2**20
+    print(json.dumps(row), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -73,16 +74,19 @@ def test_half_a_billion_parameters(tmp_path, ranks):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from sliming.backbones import TINY
-    config = LlamaConfig(vocab_size=32000, hidden_size=1536, intermediate_size=4096, num_hidden_layers=20,
-                         num_attention_heads=12, num_key_value_heads=4, bos_token_id=0, eos_token_id=1)
+    config = LlamaConfig(vocab_size=32000, hidden_size=1536, intermediate_size=4096,
+                         num_hidden_layers=20, num_attention_heads=12, num_key_value_heads=4,
+                         bos_token_id=0, eos_token_id=1)
     llm = LlamaForCausalLM(config).bfloat16()
     assert sum(p.numel() for p in llm.parameters()) > 5e8
     llm.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / "llm" / name, tmp_path)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                           __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+         __file__, str(tmp_path)], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+             "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(rows) == ranks

@@ -91,7 +91,7 @@ def tabmwp(tmp_path) -> Path:
     return write(tmp_path / "problems_test.json", problems)
 
 
-# ---------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def test_photograph_questions(tmp_path):
@@ -342,7 +342,7 @@ def test_prompts_and_rows_are_the_papers():
     assert rows == PAPER and len(TABLE_COLUMNS) == len(rows["SliME-7B"]) + 2
 
 
-# -------------------------------------------------------------------------------------- answering
+# ---------------------------------------------------------------------------------------- answering
 
 
 def test_batched_answers_are_those_one_by_one(model, tmp_path):
@@ -358,12 +358,12 @@ def test_batched_answers_are_those_one_by_one(model, tmp_path):
         lambda module, inputs, output: logits.append(output))
 
     def at_once(limit=7) -> list[str]:
-        return [text for said in model.answer_all(samples, lambda sample: sample, 8, max_new_tokens=limit)
-                for _, text in said]
+        batches = model.answer_all(samples, lambda sample: sample, 8, max_new_tokens=limit)
+        return [text for said in batches for _, text in said]
 
     def one_by_one() -> list[str]:
-        return [model.processor.tokenizer.decode(list(model.generate(sample, max_new_tokens=7))).strip()
-                for sample in samples]
+        said = [list(model.generate(sample, max_new_tokens=7)) for sample in samples]
+        return [model.processor.tokenizer.decode(ids).strip() for ids in said]
 
     before = model.llm.config._attn_implementation
     alone = one_by_one()
@@ -542,7 +542,7 @@ def test_real_questions_end_to_end(checkpoint, tmp_path, command, short_answers)
     assert command("--score-only", *files, "--out", tmp_path / "again")[0] == out
 
 
-# ------------------------------------------------------------------------ other programs' answers
+# -------------------------------------------------------------------------- other programs' answers
 
 
 def numbers_of(folder: Path, name: str) -> dict:
@@ -646,7 +646,7 @@ def test_a_judges_reviews_become_ratios(tmp_path, command, fails):
         fails("--score-only", bad, "--benchmark", "llava_bench")
 
 
-# ----------------------------------------------------------------------- what is decided elsewhere
+# ------------------------------------------------------------------------ what is decided elsewhere
 
 
 def answered(tmp_path, name: str, *rows: dict) -> Path:
