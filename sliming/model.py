@@ -236,11 +236,9 @@ class SliME(nn.Module, Answering, ModelHubMixin):
     def from_pretrained(cls, name: str | Path, *, dtype: torch.dtype = torch.float32,
                         float32: tuple[str, ...] = (), revision: str | None = None) -> "SliME":
         """Reads a checkpoint, ours or a released one, from a folder or a hub id. Strict: every
-        tensor of the model comes from it, and no other. LoRA adapters are merged.
-
-        `float32`: submodules that stay in float32 whatever `dtype` is. Raises FileNotFoundError or
-        CheckpointError, in one line, for what is no checkpoint.
-        """
+        tensor of the model comes from it, and no other. LoRA adapters are merged. `float32`:
+        submodules that stay in float32 whatever `dtype` is. FileNotFoundError or CheckpointError,
+        in one line, for what is no checkpoint."""
         found = released.read_any(files.find(name, revision))
         return cls.build(found, dtype, float32).fill(found, "cpu").eval()
 
@@ -268,16 +266,13 @@ class SliME(nn.Module, Answering, ModelHubMixin):
 
     def save_pretrained(self, folder: str | Path, *, config: None = None,
                         model_card_kwargs: dict | None = None) -> None:
-        """Writes config.json, safetensors and the tokenizer's files; what was there before stays
-        whole until all is written. OSError on a full disk. The keywords are what the mixin's
-        `push_to_hub` passes along; the configuration is the model's own.
-        """
+        """Writes config.json, safetensors and the tokenizer's files, or nothing (OSError). The
+        keywords are what the mixin's `push_to_hub` passes along."""
         files.write(Path(folder), self.config, self.tensors(), self.processor.tokenizer)
 
     def tensors(self) -> dict[str, Tensor]:
         """All parameters and persistent buffers by name; tied weights once."""
-        names = {name for name, _ in self.named_parameters()} | {
-            name for name, _ in self.named_buffers()}
+        names = dict(self.named_parameters()) | dict(self.named_buffers())
         return {name: tensor for name, tensor in self.state_dict().items() if name in names}
 
 

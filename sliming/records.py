@@ -70,8 +70,8 @@ def elements(path: Path) -> Iterator[Element]:
                     key = reader.value()
                     reader.take(":")
                 reader.peek()
-                start = reader.byte
-                yield Element(key, reader.value(), start, reader.byte)
+                start = reader.byte()
+                yield Element(key, reader.value(), start, reader.byte())
                 if reader.peek() == closing:
                     break
                 reader.take(",")
@@ -86,28 +86,34 @@ class _Reader:
     """A text file read piece by piece, which knows its byte and line."""
 
     def __init__(self, path: Path, file: TextIO):
-        self.path, self.file, self.text, self.at, self.byte, self.line = path, file, "", 0, 0, 1
+        self.path, self.file, self.text, self.at = path, file, "", 0
+        self.bytes, self.counted = 0, 0  # of the file, up to this place of the text
+        self.lines = 0                   # before the text
         if self.peek() == "\ufeff":  # a byte-order mark
-            self.advance(self.at + 1)
+            self.at += 1
 
-    def error(self, reason: str) -> RecordError:
-        return RecordError(f"{self.path}, line {self.line}: broken JSON ({reason})")
+    def byte(self) -> int:
+        """The byte of the file at which it stands."""
+        self.bytes += len(self.text[self.counted:self.at].encode())
+        self.counted = self.at
+        return self.bytes
+
+    def error(self, reason: str, at: int | None = None) -> RecordError:
+        line = 1 + self.lines + self.text.count("\n", 0, self.at if at is None else at)
+        return RecordError(f"{self.path}, line {line}: broken JSON ({reason})")
 
     def more(self) -> bool:
         """Drops what has been read and reads on; False at the end of the file."""
         piece = self.file.read(max(CHUNK, len(self.text) - self.at))
-        self.text, self.at = self.text[self.at:] + piece, 0
+        self.byte()
+        self.lines += self.text.count("\n", 0, self.at)
+        self.text, self.at, self.counted = self.text[self.at:] + piece, 0, 0
         return bool(piece)
-
-    def advance(self, end: int) -> None:
-        self.byte += len(self.text[self.at:end].encode())
-        self.line += self.text.count("\n", self.at, end)
-        self.at = end
 
     def peek(self) -> str:
         """The next character that is not blank; "" at the end of the file."""
         while True:
-            self.advance(BLANKS.match(self.text, self.at).end())
+            self.at = BLANKS.match(self.text, self.at).end()
             if self.at < len(self.text) or not self.more():
                 return self.text[self.at:self.at + 1]
 
@@ -117,7 +123,7 @@ class _Reader:
         if not found or found not in expected:
             raise self.error(f"expected {' or '.join(expected)}, found "
                              f"{found or 'the end of the file'}")
-        self.advance(self.at + 1)
+        self.at += 1
         return found
 
     def value(self) -> object:
@@ -133,10 +139,10 @@ class _Reader:
                 if not end:
                     if len(self.text) - self.at < LONGEST and self.more():
                         continue  # it may go on behind what was read
-                    self.line += self.text.count("\n", self.at, getattr(error, "pos", self.at))
-                    raise self.error(getattr(error, "msg", "nested too deeply")) from error
+                    raise self.error(getattr(error, "msg", "nested too deeply"),
+                                     getattr(error, "pos", self.at)) from error
             if end < len(self.text) or not self.more():  # a number at the edge may go on, too
-                self.advance(end)
+                self.at = end
                 return value
 
     def end_of_nested(self) -> int:

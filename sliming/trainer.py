@@ -48,6 +48,7 @@ class Run:
 
     config: TrainConfig
     stage: int
+    parts: str    # what is shown
     recipe: Recipe
     device: torch.device
     out: Path
@@ -60,18 +61,13 @@ class Run:
     skipped: int  # records, so far
     shares: Iterator[Share]
 
-    @property
-    def parts(self) -> str:
-        return STAGES[self.stage].parts
-
 
 def train_stage(config: TrainConfig, stage: int, device: torch.device) -> None:
     """Trains one stage and writes its folder. Its last state stays in the folder's `resume`:
     whoever runs several stages removes it when all are done.
 
-    Raises RecordError for unusable data, CheckpointError and OSError for what cannot be read or
-    written, ValueError for settings that do not fit, FloatingPointError where loss or gradient are
-    not finite; and Stopped.
+    RecordError for unusable data, CheckpointError and OSError for what cannot be read or written,
+    ValueError for settings that do not fit, FloatingPointError, Stopped when asked to end.
     """
     run = set_up(config, stage, device)
     with watch.Log(run.out, f"stage {stage}", run.first, run.steps, config.tensorboard) as log:
@@ -81,8 +77,8 @@ def train_stage(config: TrainConfig, stage: int, device: torch.device) -> None:
             waited = time.perf_counter() - began
             # What a language model of the user's own draws, dropout say, follows from the step.
             torch.manual_seed(seed_of(config.seed, stage, step, ranks.rank_and_world()[0]))
+            scale = learning_rate_scale(step, run.steps, run.recipe.warmup_ratio)
             for group in run.optimizer.param_groups:
-                scale = learning_rate_scale(step, run.steps, run.recipe.warmup_ratio)
                 group["lr"] = scale * group["peak"]
             row = one_step(run, share, step, waited)
             run.optimizer.step()
@@ -153,12 +149,11 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
     work = Steps(records, model.processor, plan.parts, template, recipe, steps, folder, first, rank,
                  world, noise=(config.seed, stage))
     loader = DataLoader(work, batch_size=None, num_workers=config.readers(device.type),
-                        worker_init_fn=deaf,
-                        pin_memory=device.type == "cuda")
+                        worker_init_fn=deaf, pin_memory=device.type == "cuda")
     model.train()
     model.vision.eval()
-    return Run(config, stage, recipe, device, out, model, trained, optimizer, states, steps, first,
-               skipped, iter(loader))
+    return Run(config, stage, plan.parts, recipe, device, out, model, trained, optimizer, states,
+               steps, first, skipped, iter(loader))
 
 
 def starting_point(config: TrainConfig, stage: int) -> files.Checkpoint:
