@@ -33,6 +33,7 @@ def main() -> None:
     from sliming.distributed import choose_dtype, rank_device
     from sliming.generate import answer_file
     from sliming.model import SliME
+    gc.freeze()
     gc.enable()
     device = rank_device()
     torch.manual_seed(flags.seed)

@@ -149,10 +149,9 @@ class SliME(nn.Module, Answering, ModelHubMixin):
         w_gate = self.adapter.w_gate
         features = w_gate.new_zeros(0, self.adapter.num_tokens, len(w_gate))   # [0, L, Dv]
         if shown:
-            features = torch.cat(shown)  # pixels, or what the tower said of them once
-            if not features.is_floating_point():
-                features = self.vision(features)
-            features = features.to(w_gate.dtype)                               # [V, L, Dv]
+            shown = torch.cat(shown)  # pixels, or what the tower has said of them
+            shown = shown if shown.is_floating_point() else self.vision(shown)
+            features = shown.to(w_gate.dtype)                                  # [V, L, Dv]
         return features.split([len(views), len(crops)])
 
     def choose(self, batch: Batch, local: list[Tensor], gamma: float,

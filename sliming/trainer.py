@@ -159,10 +159,9 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
 def starting_point(config: TrainConfig, stage: int) -> files.Checkpoint:
     """What a stage starts from. FileNotFoundError with the command to run first, CheckpointError if
     the checkpoint was made with another preset's backbones."""
-    preset = PRESETS[config.preset].model
     given = {name: value for name in ("vision", "llm", "resize")
              if (value := getattr(config, name)) is not None}
-    preset = replace(preset, **given)
+    preset = replace(PRESETS[config.preset].model, **given)
     before = Path(config.init_from or Path(config.out) / f"stage{stage - 1}")
     adapters = config.init_from is not None and (before / "mm_projector.bin").is_file()
     if adapters or (config.init_from is None and stage == 1):

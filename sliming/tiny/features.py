@@ -49,19 +49,18 @@ class Features(Sequence):
         self.parts = parts
         self.shape = -1, model.processor.num_patches, len(model.adapter.w_gate)  # V, L, Dv
         index = self.path.with_suffix(".npz")
-        if not index.is_file():  # it is written last
-            grids, places = self.make(pictures, model)
-            np.savez(index, grids=grids, places=places)
+        if not index.is_file():
+            self.make(pictures, model, index)
         with np.load(index) as found:
             self.grids, self.places = found["grids"], found["places"]          # [N, 2], [all views]
         views = (parts != "local") + (parts != "global") * self.grids.prod(1)  # [N]
         self.starts = np.concatenate([[0], views.cumsum()])                    # [N + 1]
 
     @torch.no_grad()
-    def make(self, pictures: Iterable[Image.Image], model: SliME) -> tuple[list, list[int]]:
-        """Writes the file; the pictures' grids, and every view's place in it."""
+    def make(self, pictures: Iterable[Image.Image], model: SliME, index: Path) -> None:
+        """Writes the file and, last, its index: the pictures' grids, every view's place in it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Two runs may make it at the same time: each its own file.
+        # Ranks and runs may make it at the same time: each its own files.
         handle, temporary = tempfile.mkstemp(dir=self.path.parent)
         grids, places, known = [], [], {}  # known: pixels -> place
         pictures = iter(tqdm(pictures, self.path.stem.rpartition("-")[0], unit="picture",
@@ -82,7 +81,9 @@ class Features(Sequence):
                     features = model.vision(torch.stack(new).to(model.vision.mean.device))
                     file.write(features.float().cpu().numpy().tobytes())
         os.replace(temporary, self.path)
-        return grids, places
+        with open(temporary, "wb") as file:
+            np.savez(file, grids=grids, places=places)
+        os.replace(temporary, index)
 
     def __len__(self) -> int:
         return len(self.grids)
