@@ -434,7 +434,7 @@ def test_never_discards_the_states_of_all_stages_at_once(tmp_path, monkeypatch, 
     assert run(monkeypatch, capsys, tmp_path, stopped=("stage2", 2)) == "killed"
     assert run(monkeypatch, capsys, tmp_path, "--resume", "never", stopped=("stage1", 2)) == "killed"
     said = run(monkeypatch, capsys, tmp_path, "--stage", "1")
-    assert "stage 1 goes on at step 2" in said
+    assert "out/stage1: goes on at step 2" in said
     assert not (tmp_path / "out/stage2/resume").exists()
 
 
