@@ -10,7 +10,6 @@ that was interrupted goes on from its last state when the same command is given 
 """
 
 import json
-import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,15 +24,11 @@ def main() -> None:
     wanted = list(STAGES) if config.stage == "all" else [int(config.stage)]
 
     # torch is loaded when the flags are known to be right.
-    import torch.distributed as dist
-
     from sliming.checkpoints.states import discard, left_to_do
-    from sliming.distributed import is_main, rank_device, start
+    from sliming.distributed import end, is_main, rank_device, start
     from sliming.trainer import train_stage
     device, folder = rank_device(), Path(config.out)
-    sharded = any(config.recipe(stage).shard != "none" for stage in wanted)
-    if "WORLD_SIZE" in os.environ and (int(os.environ["WORLD_SIZE"]) > 1 or sharded):
-        start(device)  # by torchrun
+    start(device, sharded=any(config.recipe(stage).shard != "none" for stage in wanted))
     with only_one(folder) if is_main() else nullcontext():
         for stage in left_to_do(folder, wanted, config.resume):
             train_stage(config, stage, device)
@@ -41,8 +36,7 @@ def main() -> None:
                 evaluate(folder / f"stage{stage}", stage, config.eval_questions, device)
         discard(folder, wanted)  # all is done: nothing to go on from, no picture to come back to
         shutil.rmtree(folder / "features", ignore_errors=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end()
 
 
 def evaluate(folder: Path, stage: int, questions: int, device) -> None:

@@ -65,7 +65,7 @@ class SliMEConfig:
         for name, known in (
                 ("router_score", ("mean", "sum")), ("router_text", ("question", "all")),
                 ("gate_noise", ("w_noise", "w_gate")), ("slicing", ("paper", "official")),
-                ("global_view", ("pad", "squash")),
+                ("global_view", ("pad", "squash")), ("resize", ("pillow", "torch")),
                 ("template", ("plain", "chat", "vicuna_v1", "llama3"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {' or '.join(known)}, not "
@@ -196,7 +196,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
 
 
 COUNT, NATURAL = number(int, 1, 2**31), number(int, 0, 2**31)
-BATCH, WORKERS = number(int, 1, 2**20), number(int, 0, 1024)
+BATCH, WORKERS, PROCESSES = number(int, 1, 2**20), number(int, 0, 1024), number(int, 1, 1024)
 SEED, RATE = number(int, 0, 2**32 - 1), number(float, 0, 10)
 
 

@@ -34,10 +34,16 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
-def start(device: torch.device) -> None:
-    """Joins the processes that torchrun has started."""
-    if not dist.is_initialized():
+def start(device: torch.device, sharded: bool) -> None:
+    """Joins the processes that torchrun has started, where there are several or they shard."""
+    world = int(os.environ.get("WORLD_SIZE", 0))
+    if (world > 1 or world == 1 and sharded) and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def end() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:

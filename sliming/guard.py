@@ -72,6 +72,16 @@ def read_text(path: str | os.PathLike) -> str:
         return file.read().decode("utf-8-sig")
 
 
+def checksum(path: Path) -> int:
+    """Of a file's bytes, which are on the disk itself then."""
+    total = 0
+    with open_file(path) as file:
+        while piece := file.read(1 << 24):
+            total = zlib.crc32(piece, total)
+        os.fsync(file.fileno())
+    return total
+
+
 def fingerprint(path: str | os.PathLike) -> str:
     """What tells a file from what was there before, or will be: its size, time of change, first
     and last bytes, in words. OSError."""

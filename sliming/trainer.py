@@ -66,8 +66,8 @@ def train_stage(config: TrainConfig, stage: int, device: torch.device) -> None:
     """Trains one stage and writes its folder. Its last state stays in the folder's `resume`:
     whoever runs several stages removes it when all are done.
 
-    RecordError for unusable data, CheckpointError and OSError for what cannot be read or written,
-    ValueError for settings that do not fit, FloatingPointError, Stopped when asked to end.
+    Raises RecordError (data), CheckpointError and OSError (files), ValueError (settings that do not
+    fit), FloatingPointError (loss or gradient not finite), Stopped (by a signal).
     """
     run = set_up(config, stage, device)
     with watch.Log(run.out, f"stage {stage}", run.first, run.steps, config.tensorboard) as log:
@@ -120,10 +120,9 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
         begin_lora(model.llm)
     if config.init_from and (Path(config.init_from) / "mm_projector.bin").is_file():
         released.fill_stage_files(model, Path(config.init_from))
-    peaks = {"llm": recipe.llm_learning_rate}
-    fused = device.type == "cuda" or recipe.shard == "offload"
     groups = [{"params": [p for p in getattr(model, part).parameters() if p.requires_grad],
-               "peak": peaks.get(part, recipe.learning_rate)} for part in plan.trained]
+               "peak": recipe.llm_learning_rate if part == "llm" else recipe.learning_rate}
+              for part in plan.trained]
     trained = [parameter for group in groups for parameter in group["params"]]
     if config.data is None:
         records, folder = training_set(config, stage, model, device), None
@@ -137,14 +136,13 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
 
     out = Path(config.out) / f"stage{stage}"
     out.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused or None)
+    fused = device.type == "cuda" or recipe.shard == "offload" or None
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)
     settings = {**asdict(config), **getattr(records, "fingerprints", {}),
                 "first weights": files.weights_key(found.folder, found.config.vision,
                                                   config.init_from)}
     states = States(out / "resume", model, optimizer, settings, config.keep)
     first, skipped = states.restore()
-    if first:
-        watch.say(f"stage {stage} goes on at step {first}")
     template = plan.template or model.config.template
     work = Steps(records, model.processor, plan.parts, template, recipe, steps, folder, first, rank,
                  world, noise=(config.seed, stage))
@@ -224,8 +222,7 @@ def one_step(run: Run, share: Share, step: int, waited: float) -> dict:
     for complaint in share.skipped:
         watch.say(f"skipped {complaint}", everyone=True)
     if learned == 0:
-        raise RecordError(f"step {step}: no usable record in the whole batch, {int(skipped)} "
-                          "skipped")
+        raise RecordError(f"step {step}: no usable record in a whole batch, {skipped:.0f} skipped")
     active = choose_active(run, step)
     loss, tokens, flops = accumulate(run, share.batches, int(rounds), learned)
     if not isinstance(model, FSDPModule):  # which sums them in the backward pass

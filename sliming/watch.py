@@ -72,8 +72,9 @@ class Log:
         return self
 
     def write(self, row: dict, device: torch.device) -> bool:
-        """Adds the row of a step; True where a signal asks to end here, on any rank. Its `flops` and `waited`, sums over the ranks, become `mfu` and
-        `data_wait`, shares of the time since the last row."""
+        """Adds the row of a step; True where a signal asks to end here, on any rank. The row's
+        `flops` and `waited`, sums over the ranks, become `mfu` and `data_wait`, shares of the time
+        since the last row."""
         now = time.perf_counter()
         took, self.began = now - self.began, now
         world = rank_and_world()[1]

@@ -25,7 +25,7 @@ from sliming.checkpoints.states import States, look_at
 from sliming.config import PRESETS, Recipe, SliMEConfig
 from sliming.data import RecordFile, Steps, load_sample, open_mixture
 from sliming.generate import Conversation, answer_file
-from sliming.guard import InputError, only_one, plain
+from sliming.guard import InputError, one_line, only_one, plain
 from sliming.images import open_image
 from sliming.model import SliME
 from sliming.records import RecordError, elements
@@ -345,6 +345,43 @@ def test_lora_folders_that_are_not_plain(saved, tmp_path, change, message):
         SliME.from_pretrained(folder)
 
 
+def test_weights_of_an_earlier_save_never_mix_with_new_ones(saved, tmp_path, monkeypatch):
+    """More shards, fewer, one file: what a save replaces goes, and a stray file is refused by name."""
+    model = SliME.from_pretrained(saved)
+    for number, size in enumerate((1_000_000, 2_000_000, 5_000_000_000, 1_000_000)):
+        monkeypatch.setattr(files, "SHARD", size)
+        with torch.no_grad():
+            model.adapter.w_gate.fill_(number)
+        model.save_pretrained(tmp_path / "c")
+        found = SliME.from_pretrained(tmp_path / "c").tensors()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in model.tensors().items())
+    assert len(list((tmp_path / "c").glob("*.safetensors"))) > 2
+    os.link(saved / "model.safetensors", tmp_path / "c" / "zz.safetensors")
+    with refused("zz.safetensors does not belong to the checkpoint", files.CheckpointError):
+        SliME.from_pretrained(tmp_path / "c")
+
+
+@pytest.mark.parametrize("how", ["--merge", "--export"])
+def test_a_folder_that_holds_something_is_not_written(saved, tmp_path, monkeypatch, how):
+    from sliming.checkpoints.__main__ import main
+    (tmp_path / "mine").write_text("precious")
+    monkeypatch.setattr(sys, "argv", ["checkpoints", how, str(saved), str(tmp_path)])
+    with refused("sliming.checkpoints: .* holds something already: choose another folder", SystemExit):
+        main()
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+@posix
+def test_a_full_disk_names_the_file(saved, tmp_path):
+    script = ("import sys, resource, signal; from sliming.model import SliME; from sliming.guard import one_line\n"
+              "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); model = SliME.from_pretrained(sys.argv[1])\n"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+              "with one_line('save'): model.save_pretrained(sys.argv[2])")
+    done = subprocess.run([sys.executable, "-c", script, saved, tmp_path / "c"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.count("\n") == 1 and "model.safetensors" in done.stderr and "save: [Errno" in done.stderr
+    assert not list((tmp_path / "c").iterdir())
+
+
 # ------------------------------------------------------------------------------- states and runs
 
 
@@ -434,7 +471,7 @@ def test_never_discards_the_states_of_all_stages_at_once(tmp_path, monkeypatch, 
     assert run(monkeypatch, capsys, tmp_path, stopped=("stage2", 2)) == "killed"
     assert run(monkeypatch, capsys, tmp_path, "--resume", "never", stopped=("stage1", 2)) == "killed"
     said = run(monkeypatch, capsys, tmp_path, "--stage", "1")
-    assert "stage 1 goes on at step 2" in said
+    assert "out/stage1: goes on at step 2" in said
     assert not (tmp_path / "out/stage2/resume").exists()
 
 
@@ -493,6 +530,21 @@ def test_a_signal_ends_with_a_state_and_what_to_type(tmp_path, number, workers):
     assert process.returncode == 130 and line.startswith("train.py: stage 1 stopped with step ")
     assert line.endswith("train.py --stage 1 --max-steps 300 --batch-size 2 --eval-questions 0 --workers " + str(workers))
     assert len(list(Path(tmp_path / "out/stage1/resume").glob("step-*"))) == 1
+
+
+def test_a_lost_rank_and_full_memory_get_one_line():
+    """What torch raises there is RuntimeError; any other one is this package's fault, and is shown whole."""
+    for error, message in ((RuntimeError("[gloo/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer"), "another rank"),
+                           (torch.OutOfMemoryError("CUDA out of memory. Tried"), "CUDA out of memory: lower the batch")):
+        with refused(f"x: .*{message}", SystemExit), one_line("x"):
+            raise error
+    with pytest.raises(RuntimeError, match="ours"), one_line("x"):
+        raise RuntimeError("ours")
+
+
+def test_a_checkpoint_brings_its_backbones(tmp_path, monkeypatch, capsys):
+    said = run(monkeypatch, capsys, tmp_path, "--stage", "2", "--init-from", "a", "--llm", "b")
+    assert "train.py: --init-from brings vision tower and language model: leave --vision and --llm away" in said
 
 
 def test_strict_data_with_workers_gets_one_line(tmp_path, monkeypatch, capsys):

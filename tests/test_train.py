@@ -109,7 +109,7 @@ def test_checkpoint_of_another_preset_and_strict_data(short_run, capsys, monkeyp
     assert "is a checkpoint of another preset: its llm is 'lmsys/vicuna-7b-v1.5'" in message
     (tmp_path / "data.json").write_text(json.dumps([{"id": "r9", "image": "no.png", "conversations": [
         {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]}]))
-    for flags, message in (((), "no usable record in the whole batch"), (("--strict-data",), "record r9: .*no.png")):
+    for flags, message in (((), "no usable record in a whole batch"), (("--strict-data",), "record r9: .*no.png")):
         got = fails(capsys, monkeypatch, tmp_path, "--stage", 2, "--init-from", out / "stage1", "--out", tmp_path, "--data",
                     tmp_path / "data.json", "--resume", "never", *flags)
         assert re.search(message, got)

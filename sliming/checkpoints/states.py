@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from sliming.checkpoints.files import CheckpointError, read_json
 from sliming.distributed import barrier, gather, is_main, own_rows, rank_and_world
-from sliming.guard import open_file
+from sliming.guard import checksum
 from sliming.records import inside
 from sliming.watch import say
 
@@ -45,8 +45,7 @@ class States:
                  keep: int):
         self.folder, self.model, self.optimizer, self.keep = folder, model, optimizer, keep
         self.config = {name: value for name, value in config.items() if name not in FREE}
-        # The thread that writes talks to the other ranks' while training does: over a group of its
-        # own.
+        # The thread that writes talks to the other ranks' over a group of its own.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.writer = ThreadPoolExecutor(1)
         # (future, temporary folder, final folder) of a state that is being written.
@@ -118,10 +117,8 @@ class States:
         if is_main():
             progress["parts"] = parts
             progress["checksum"] = zlib.crc32(json.dumps(progress).encode())
-            with open(folder / "progress.json", "w") as file:
-                json.dump(progress, file)
-                file.flush()
-                os.fsync(file.fileno())
+            (folder / "progress.json").write_text(json.dumps(progress))
+            checksum(folder / "progress.json")  # it is on the disk itself then
 
     def settle(self, wait: bool = True) -> None:
         """Gives a state that is being written its name: waits for it, or only looks whether it is
@@ -182,6 +179,7 @@ class States:
                         local[low - first:high - first].copy_(rows)
                     elif low < high:
                         local.copy_(file.get_tensor(name))
+        say(f"{self.folder.parent}: goes on at step {progress['step']}")
         return progress["step"], progress["skipped"]
 
 
@@ -200,16 +198,6 @@ def discard(out: Path, stages: list[int]) -> None:
     for stage in stages if is_main() else ():
         shutil.rmtree(out / f"stage{stage}" / "resume", ignore_errors=True)
     barrier()
-
-
-def checksum(path: Path) -> int:
-    """Of a file's bytes, which are on the disk itself then."""
-    total = 0
-    with open_file(path) as file:
-        while piece := file.read(1 << 24):
-            total = zlib.crc32(piece, total)
-        os.fsync(file.fileno())
-    return total
 
 
 def look_at(path: Path) -> tuple[dict, str]:

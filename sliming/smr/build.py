@@ -29,7 +29,7 @@ from itertools import islice
 from pathlib import Path
 
 from sliming.chat import IMAGE
-from sliming.config import COUNT, SEED, Parser, number
+from sliming.config import COUNT, PROCESSES, SEED, Parser
 from sliming.data import check_record
 from sliming.guard import deaf, naming, one_line, only_one
 from sliming.records import RecordError, lines, mend
@@ -261,7 +261,7 @@ def arguments() -> argparse.Namespace:
                       help="chartqa: machine-written questions too")
     make.add_argument("--text-only", action="store_true",
                       help="scienceqa: questions without an image too")
-    make.add_argument("--workers", type=number(int, 1, 1024), default=os.cpu_count() or 1,
+    make.add_argument("--workers", type=PROCESSES, default=os.cpu_count() or 1,
                       help="processes (default %(default)s)")
     show = commands.add_parser("stats", help="counts beside the paper's, lengths as in Figure 4")
     show.add_argument("file", type=Path)
