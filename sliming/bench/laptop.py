@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -79,8 +80,9 @@ def features(device: torch.device, out: Path, steps: int = 10) -> None:
         with tempfile.TemporaryDirectory() as folder:
             SliME.from_backbones(PRESETS["tiny"].model).save_pretrained(folder)
             for name, pool in (("pixels", 0), ("features", 8)):
-                run = set_up(TrainConfig(init_from=folder, out=f"{folder}/{name}", pool=pool,
-                                         max_steps=steps + 4), stage, CPU)
+                with redirect_stdout(None):
+                    run = set_up(TrainConfig(init_from=folder, out=f"{folder}/{name}", pool=pool,
+                                             max_steps=steps + 4), stage, CPU)
                 runs[name] = partial(step, run, iter(range(steps + 4)))
             seconds = medians_ms(runs, CPU, steps, 2)
         rows.append([f"stage {stage}", *(f"{seconds[name]:.0f}" for name in runs),
