@@ -1,4 +1,5 @@
-"""The language model's side of a GPU, as far as a CPU can tell: precision, packed attention, its cache, compiled layers.
+"""The language model's side of a GPU, as far as a CPU can tell: precision, packed attention, its
+cache, compiled layers.
 
 Legend: T packed tokens, Tk rows of keys, H attention heads, Hkv of keys and values, Dh head size.
 """
@@ -25,14 +26,16 @@ from sliming.trainer import prepare, set_up
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 
 
-# ------------------------------------------------------------------------------------------------------------- precision
+# ---------------------------------------------------------------------------------------- precision
 
 def buffers(model):
-    return {name: (buffer.dtype, buffer.double().sum().item()) for name, buffer in model.named_buffers()}
+    return {name: (buffer.dtype, buffer.double().sum().item())
+            for name, buffer in model.named_buffers()}
 
 
 def begun(**flags):
-    """The model of stage III in bfloat16 as training begins with it: built without weights, divided, filled."""
+    """The model of stage III in bfloat16 as training begins with it: built without weights,
+    divided, filled."""
     config = TrainConfig(bf16=True, **flags)
     found = pretrained.read(PRESETS["tiny"].model)
     model = SliME.build(found, BF16, float32=("adapter", "compression"))
@@ -52,11 +55,13 @@ def sharded(rank, file, results):
 
 @pytest.mark.parametrize("door", ["from_backbones", "ours", "released", "lora", "sharded"])
 def test_buffers_keep_their_precision(model, tmp_path, door):
-    """Rotary frequencies, positions, pixel statistics: whatever the way into a model in bfloat16, they are as in float32."""
+    """Rotary frequencies, positions, pixel statistics: whatever the way into a model in bfloat16,
+    they are as in float32."""
     if door == "sharded":
-        context = multiprocessing.get_context("fork")  # without the seconds of imports of new processes
+        context = multiprocessing.get_context("fork")  # without new processes' seconds of imports
         results = context.Queue()
-        processes = [context.Process(target=sharded, args=(rank, tmp_path / "store", results)) for rank in range(2)]
+        processes = [context.Process(target=sharded, args=(rank, tmp_path / "store", results))
+                     for rank in range(2)]
         for process in processes:
             process.start()
         found = [results.get(timeout=100) for _ in range(4)]
@@ -84,16 +89,18 @@ def test_bfloat16_at_far_positions_is_as_good_as_that_of_transformers(tmp_path):
     """Logits beyond position 2,000 of a Llama with Llama 3's rotary base, against float32."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(TINY / "llm")
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=256, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, head_dim=128, max_position_embeddings=4096,
-                         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, initializer_range=0.1,
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=256,
+                         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                         head_dim=128, max_position_embeddings=4096, initializer_range=0.1,
+                         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
                          bos_token_id=1, eos_token_id=2)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     ids = torch.randint(0, len(tokenizer), (2600,))
 
     def theirs(dtype):
-        llm = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, attn_implementation="sdpa")
+        llm = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype,
+                                                   attn_implementation="sdpa")
         return llm(ids[None]).logits[0, 2000:].float()
 
     def ours(model):
@@ -102,35 +109,41 @@ def test_bfloat16_at_far_positions_is_as_good_as_that_of_transformers(tmp_path):
 
     exact = theirs(torch.float32)
     model = SliME.from_backbones(replace(PRESETS["tiny"].model, llm=str(tmp_path)), BF16)
-    error = [((logits - exact).norm() / exact.norm()).item() for logits in (ours(model), theirs(BF16))]
+    error = [((logits - exact).norm() / exact.norm()).item()
+             for logits in (ours(model), theirs(BF16))]
     assert error[0] <= 1.2 * error[1], error
     model.llm.to(BF16)  # what must not happen: buffers are cast too
     assert ((ours(model) - exact).norm() / exact.norm()).item() > 3 * error[1]
 
 
-# ------------------------------------------------------------------------------------------------------ all in one call
+# ---------------------------------------------------------------------------------- all in one call
 
-def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k=None):
-    """torch's varlen_attn as its documentation and flash attention's source have it, in plain torch: [T, H, Dh]. The causal
-    mask is aligned at the last query and the last key; seqused_k are the keys of a sequence that count."""
+def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size,
+             enable_gqa, seqused_k=None):
+    """torch's varlen_attn as its documentation and flash attention's source have it, in plain
+    torch: [T, H, Dh]. The causal mask is aligned at the last query and the last key; seqused_k are
+    the keys of a sequence that count."""
     assert query.dim() == 3 and all(t.stride(-1) == 1 and len(t) == len(key) for t in (key, value))
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and cu_seq_q.is_contiguous() and cu_seq_k.is_contiguous()
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert cu_seq_q.is_contiguous() and cu_seq_k.is_contiguous()
     q_bounds, k_bounds = cu_seq_q.tolist(), cu_seq_k.tolist()
-    assert q_bounds[0] == k_bounds[0] == 0 and q_bounds[-1] == len(query) and k_bounds[-1] == len(key)
+    assert q_bounds[0] == k_bounds[0] == 0
+    assert q_bounds[-1] == len(query) and k_bounds[-1] == len(key)
     assert enable_gqa or query.shape[1] == key.shape[1]
     heads, out, longest = query.shape[1] // key.shape[1], torch.zeros_like(query), [0, 0]
     for i in range(len(q_bounds) - 1):
         q = query[q_bounds[i]:q_bounds[i + 1]].transpose(0, 1)
         k, v = (t[k_bounds[i]:k_bounds[i + 1]] for t in (key, value))
         if seqused_k is not None:
-            assert seqused_k.dtype == torch.int32 and seqused_k[i] <= len(k) and not torch.is_grad_enabled()
+            assert seqused_k.dtype == torch.int32 and seqused_k[i] <= len(k)
+            assert not torch.is_grad_enabled()
             k, v = k[:seqused_k[i]], v[:seqused_k[i]]
         k, v = (t.transpose(0, 1).repeat_interleave(heads, 0) for t in (k, v))
         scores = scale * q @ k.mT
-        longest = [max(pair) for pair in zip(longest, scores.shape[1:])]
+        longest = [max(pair) for pair in zip(longest, scores.shape[1:], strict=True)]
         if window_size == (-1, 0):
-            hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + k.shape[1] - q.shape[1])
-            scores = scores.masked_fill(hidden, -torch.inf)
+            ones = torch.ones(scores.shape[1:], dtype=torch.bool)
+            scores = scores.masked_fill(ones.triu(1 + k.shape[1] - q.shape[1]), -torch.inf)
         else:
             assert window_size == (-1, -1)
         out[q_bounds[i]:q_bounds[i + 1]] = (scores.softmax(-1) @ v).transpose(0, 1)
@@ -151,32 +164,36 @@ def test_all_at_once_equals_one_after_the_other(monkeypatch, lengths, rooms, key
             .requires_grad_(keys is None) for _ in range(2))
     segments = Segments(lengths, CPU, rooms, keys)
     with torch.set_grad_enabled(keys is None):
-        results = [attend(q, k, v, segments, 0.3, 0.0) for attend in (backbones.attend_at_once, backbones.attend_in_turn)]
+        results = [attend(q, k, v, segments, 0.3, 0.0)
+                   for attend in (backbones.attend_at_once, backbones.attend_in_turn)]
     if keys is None:
         weight = torch.randn_like(results[0])
         results = [(out, *torch.autograd.grad((out * weight).sum(), (q, k, v))) for out in results]
-    for got, expected in zip(*results):
+    for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
 
 
 def test_torch_takes_what_it_is_given():
-    """Its own operator, on the meta device: layouts, groups of heads, the backward pass; and with room, without one."""
+    """Its own operator, on the meta device: layouts, groups of heads, the backward pass; and with
+    room, without one."""
     segments = Segments([3, 4], "meta")
     q = torch.empty(1, 7, 4, 32, dtype=BF16, device="meta", requires_grad=True)
-    k, v = (torch.empty(1, 7, 2, 32, dtype=BF16, device="meta", requires_grad=True) for _ in range(2))
+    k, v = (torch.empty(1, 7, 2, 32, dtype=BF16, device="meta", requires_grad=True)
+            for _ in range(2))
     out = backbones.attend_at_once(*(t.transpose(1, 2) for t in (q, k, v)), segments, 0.1, 0.0)
     assert out.shape == (1, 7, 4, 32) and out.dtype == BF16
     out.sum().backward()
     assert k.grad.shape == k.shape
     segments = Segments([1, 2], "meta", rooms=[5, 9], keys=[4, 8])
     with torch.no_grad():
-        out = backbones.attend_at_once(q[:, :3].transpose(1, 2), torch.empty(1, 2, 14, 32, dtype=BF16, device="meta"),
-                                       torch.empty(1, 2, 14, 32, dtype=BF16, device="meta"), segments, 0.1, 0.0)
+        k, v = (torch.empty(1, 2, 14, 32, dtype=BF16, device="meta") for _ in range(2))
+        out = backbones.attend_at_once(q[:, :3].transpose(1, 2), k, v, segments, 0.1, 0.0)
     assert out.shape == (1, 3, 4, 32)
 
 
 def test_which_way(monkeypatch):
-    """Two-byte numbers on a GPU in one call, autocast's too; float32, dropout and odd heads one after the other."""
+    """Two-byte numbers on a GPU in one call, autocast's too; float32, dropout and odd heads one
+    after the other."""
     monkeypatch.setattr(backbones, "takes_all_at_once", lambda device: True)
     ways = []
     for way in ("attend_at_once", "attend_in_turn"):
@@ -186,38 +203,45 @@ def test_which_way(monkeypatch):
         q = torch.zeros(1, 2, 3, width, dtype=dtype)
         return packed_attention(None, q, q, q.to(values or dtype), None, 1.0, **options)
 
-    for options in ({"dtype": BF16}, {"dtype": torch.float16}, {"dtype": torch.float32}, {"dtype": BF16, "dropout": 0.1},
-                    {"dtype": BF16, "width": 20}, {"dtype": BF16, "width": 264}):
+    for options in ({"dtype": BF16}, {"dtype": torch.float16}, {"dtype": torch.float32},
+                    {"dtype": BF16, "dropout": 0.1}, {"dtype": BF16, "width": 20},
+                    {"dtype": BF16, "width": 264}):
         attend(**options)
     with torch.autocast("cpu", BF16):  # where rotated queries are float32 and values are not
         attend(torch.float32, values=BF16)
-    assert [way for way, _ in ways] == ["attend_at_once"] * 2 + ["attend_in_turn"] * 4 + ["attend_at_once"]
+    assert [way for way, _ in ways] == (["attend_at_once"] * 2 + ["attend_in_turn"] * 4
+                                        + ["attend_at_once"])
     assert ways[-1][1] == BF16
 
 
 def test_no_plans_of_cudnn(monkeypatch, model):
-    """SDPA on a GPU leaves cuDNN out: it makes a plan for every new length. On a CPU nothing is set."""
+    """SDPA on a GPU leaves cuDNN out: it makes a plan for every new length.
+    On a CPU nothing is set."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     with without_cudnn(torch.device("cuda")):
-        assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
     entered = []
-    monkeypatch.setattr(backbones, "without_cudnn", lambda device: entered.append(device) or without_cudnn(device))
+    monkeypatch.setattr(backbones, "without_cudnn",
+                        lambda device: entered.append(device) or without_cudnn(device))
     x = torch.randn(1, 2, 3, 8)
     packed_attention(None, x, x, x, None, scaling=1.0)
     model.vision(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     assert entered == [CPU, CPU]
 
 
-# ---------------------------------------------------------------------------------------------------------------- answers
+# ------------------------------------------------------------------------------------------ answers
 
 @pytest.fixture
 def questions(model):
     """Prompts of all lengths for a model whose answers differ and end at different steps."""
     torch.manual_seed(4)
     model.llm.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.llm.lm_head.weight))
-    asked = [held_out(family, i) for i, family in enumerate(("global", "detail", "detail", "detail", "global"))]
-    prompts = [model.processor.ask(record["image"], record["conversations"][0]["value"]) for record in asked]
+    families = ("global", "detail", "detail", "detail", "global")
+    asked = [held_out(family, i) for i, family in enumerate(families)]
+    prompts = [model.processor.ask(record["image"], record["conversations"][0]["value"])
+               for record in asked]
     prompts.append(model.processor.ask(None, "Who?"))
     model.end_ids = set()
     model.end_ids = {ids[4] for ids in model.generate_batch(prompts[:3], max_new_tokens=5)}
@@ -238,7 +262,8 @@ class Copies(TorchDispatchMode):
 
 
 def test_answers_do_not_depend_on_rooms_or_the_way_of_attending(model, questions, monkeypatch):
-    """Rooms that are moved at every step or never, samples that end in between; and all samples in one call."""
+    """Rooms that are moved at every step or never, samples that end in between; and all samples in
+    one call."""
     expected = model.generate_batch(questions, max_new_tokens=12)
     assert len({len(ids) for ids in expected}) > 2
     for room in (0, 3):
@@ -257,38 +282,43 @@ def test_a_step_copies_only_what_is_new(model, questions):
             model.generate_batch(questions, max_new_tokens=steps)
         written.append(copies.written)
     llm = model.llm.config
-    llm = model.llm.config
-    new = 4 * 2 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim * len(questions)  # keys and values, float32
-    assert new <= (written[1] - written[0]) / 40 < 3 * new  # the rest: outputs joined, and the rotation's halves
+    # Keys and values, float32; what is more: outputs joined, and the rotation's halves.
+    new = 4 * 2 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim * len(questions)
+    assert new <= (written[1] - written[0]) / 40 < 3 * new
 
 
-# ------------------------------------------------------------------------------------------------------ waits, compiling
+# --------------------------------------------------------------------------------- waits, compiling
 
 class Waits(TorchDispatchMode):
-    """What makes the host wait for a GPU: numbers that go back to it, sizes that depend on numbers, lists that go there."""
+    """What makes the host wait for a GPU: numbers that go back to it, sizes that depend on numbers,
+    lists that go there."""
 
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name
-        masked = name in ("aten::index", "aten::index_put_") and any(t is not None and t.dtype == torch.bool for t in args[1])
-        self.count += masked or name in ("aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select",
-                                         "aten::lift_fresh")
+        masked = name in ("aten::index", "aten::index_put_") and any(
+            t is not None and t.dtype == torch.bool for t in args[1])
+        self.count += masked or name in ("aten::nonzero", "aten::_local_scalar_dense",
+                                         "aten::masked_select", "aten::lift_fresh")
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("parts, most", [("global", 1), ("local", 2), ("both", 2)])
 def test_a_forward_pass_waits_once_or_twice(model, monkeypatch, parts, most):
-    """For how many local tokens are kept, and for where something is learned. What Segments sends is pinned: no wait."""
+    """For how many local tokens are kept, and for where something is learned. What Segments sends
+    is pinned: no wait."""
     samples = []
     for index in range(3):
         record = held_out("detail", index)
         turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "that"}]
         samples.append(model.processor.prompt(turns, [record["image"]]))
     if parts == "global":
-        samples = [replace(one, images=[replace(image, crops=None) for image in one.images]) for one in samples]
+        samples = [replace(one, images=[replace(image, crops=None) for image in one.images])
+                   for one in samples]
     if parts == "local":
-        samples = [replace(one, images=[replace(image, global_view=None) for image in one.images]) for one in samples]
+        samples = [replace(one, images=[replace(image, global_view=None) for image in one.images])
+                   for one in samples]
     batch, waits, tolist = Batch.pack(samples), Waits(), torch.Tensor.tolist
 
     def counted(tensor):
@@ -302,29 +332,32 @@ def test_a_forward_pass_waits_once_or_twice(model, monkeypatch, parts, most):
 
 
 @torch.library.custom_op("sliming_test::packed", mutates_args=())
-def opaque(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, scale: float) -> torch.Tensor:
+def opaque(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor,
+           scale: float) -> torch.Tensor:
     """Packed attention as the compiler sees it on a GPU: one node."""
     return torch.cat([torch.nn.functional.scaled_dot_product_attention(
         *(t.transpose(0, 1) for t in part), is_causal=True, scale=scale).transpose(0, 1)
-        for part in zip(*(t.tensor_split(bounds[1:-1].long()) for t in (q, k, v)))])
+        for part in zip(*(t.tensor_split(bounds[1:-1].long()) for t in (q, k, v)), strict=True)])
 
 
 opaque.register_fake(lambda q, *_: torch.empty_like(q))
-opaque.register_autograd(lambda ctx, gradient: (gradient, 2 * gradient, 3 * gradient, None, None))  # all that is compared
+opaque.register_autograd(lambda ctx, g: (g, 2 * g, 3 * g, None, None))  # all that is compared
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_layers_compile_once(monkeypatch, recompute):
-    """Twenty steps of other lengths and numbers of samples run what the first compiled, to the same numbers."""
+    """Twenty steps of other lengths and numbers of samples run what the first compiled, to the same
+    numbers."""
     monkeypatch.setattr(backbones, "takes_all_at_once", lambda device: True)
     monkeypatch.setattr(backbones, "varlen_attn", lambda q, k, v, bounds, *_, scale, **__: opaque(
         q.contiguous(), k.contiguous(), v.contiguous(), bounds, scale))
-    monkeypatch.setattr(backbones, "attend_in_turn", backbones.attend_at_once)  # in float32, to compare
+    monkeypatch.setattr(backbones, "attend_in_turn", backbones.attend_at_once)  # for float32, too
     torch._dynamo.reset()
     llms, graphs = [SliME.from_backbones(PRESETS["tiny"].model).llm.train() for _ in range(2)], []
     counters = torch._dynamo.utils.counters
     compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **options: compile(layer, backend="aot_eager", **options))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **options:
+                        compile(layer, backend="aot_eager", **options))
     if recompute:
         for llm in llms:
             llm.activation_checkpointing_enable({"use_reentrant": False})
@@ -332,21 +365,24 @@ def test_layers_compile_once(monkeypatch, recompute):
     counters.clear()
     generator = torch.Generator().manual_seed(0)
     for step in range(20):
-        lengths = torch.randint(1 + (step == 0), 40, (1 + (5 * step + 1) % 6,), generator=generator).tolist()
-        x, segments, results = torch.randn(1, sum(lengths), 128, generator=generator), Segments(lengths, CPU), []
+        count = 1 + (5 * step + 1) % 6
+        lengths = torch.randint(1 + (step == 0), 40, (count,), generator=generator).tolist()
+        x = torch.randn(1, sum(lengths), 128, generator=generator)
+        segments, results = Segments(lengths, CPU), []
         for llm in llms:
             rows = x.clone().requires_grad_()
-            hidden = llm.get_decoder()(inputs_embeds=rows, segments=segments, position_ids=segments.positions[None],
-                                       use_cache=False).last_hidden_state
+            hidden = llm.get_decoder()(inputs_embeds=rows, segments=segments, use_cache=False,
+                                       position_ids=segments.positions[None]).last_hidden_state
             results.append((hidden, *torch.autograd.grad(hidden.square().sum(), rows)))
-        for got, expected in zip(*results):
+        for got, expected in zip(*results, strict=True):
             torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[-1] > 0 and not counters["graph_break"]
 
 
 def test_what_a_gpu_gets_by_default(model, monkeypatch, tmp_path):
-    """AdamW in one loop, on a GPU or where it stays on the CPU; four readers; no compiling where it would never end."""
+    """AdamW in one loop, on a GPU or where it stays on the CPU; four readers; no compiling where it
+    would never end."""
     class Stop(Exception):
         pass
 
@@ -358,16 +394,18 @@ def test_what_a_gpu_gets_by_default(model, monkeypatch, tmp_path):
     monkeypatch.setattr("sliming.trainer.training_set", lambda *_: range(100))
     monkeypatch.setattr("sliming.trainer.prepare", lambda model, *_: model)
     monkeypatch.setattr(Recipe, "check", lambda *_: None)
-    for flags, device, fused in (({}, "cpu", False), ({}, "cuda", True), ({"shard": "offload"}, "cpu", True)):
+    for flags, device, fused in (({}, "cpu", False), ({}, "cuda", True),
+                                 ({"shard": "offload"}, "cpu", True)):
         with pytest.raises(Stop) as stopped:
             set_up(TrainConfig(out=str(tmp_path), **flags), 1, torch.device(device))
         assert bool(stopped.value.args[0]) == fused, (flags, device)
     monkeypatch.undo()
-    meta = torch.nn.Linear(2, 2, device="meta")  # a state read before the first step: AdamW's own layout
+    meta = torch.nn.Linear(2, 2, device="meta")  # a state read before any step: AdamW's own layout
     optimizer = torch.optim.AdamW([{"params": [*meta.parameters()], "fused": True}])
     states = States(tmp_path, meta, optimizer, {}, 1).tensors()
-    assert {tensor.device.type for name, tensor in states.items() if name.endswith("/step")} == {"meta"}
-    assert [TrainConfig(workers=w).readers(d) for w, d in ((None, "cuda"), (None, "cpu"), (0, "cuda"), (3, "cpu"))] == [4, 0, 0, 3]
+    assert {t.device.type for name, t in states.items() if name.endswith("/step")} == {"meta"}
+    asked = ((None, "cuda"), (None, "cpu"), (0, "cuda"), (3, "cpu"))
+    assert [TrainConfig(workers=w).readers(d) for w, d in asked] == [4, 0, 0, 3]
     with pytest.raises(ValueError, match="--compile needs --bf16 and a GPU"):
         prepare(model, TrainConfig(compile=True, bf16=True), 3, CPU)
 

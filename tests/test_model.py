@@ -1,4 +1,5 @@
-"""The whole model against an obvious twin: one sample at a time, transformers' own attention, logits everywhere."""
+"""The whole model against an obvious twin: one sample at a time, transformers' own attention,
+logits everywhere."""
 
 import json
 from dataclasses import replace
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from sliming.backbones import TINY, VisionTower
-from sliming.checkpoints.pretrained import load_vision
 from sliming.chat import IGNORE, IMAGE_TOKEN, encode
+from sliming.checkpoints.pretrained import load_vision
 from sliming.config import SliMEConfig
 from sliming.generate import Conversation, sample_tokens
 from sliming.inputs import Batch, Sample
@@ -26,13 +27,16 @@ def picture(seed, size=None):
 
 
 def sample(model, *values, images=()):
-    conversation = [{"from": "gpt" if i % 2 else "human", "value": value} for i, value in enumerate(values)]
-    return Sample(encode(conversation, "chat", model.processor.tokenizer), [model.processor.slice(image) for image in images])
+    conversation = [{"from": "gpt" if i % 2 else "human", "value": value}
+                    for i, value in enumerate(values)]
+    return Sample(encode(conversation, "chat", model.processor.tokenizer),
+                  [model.processor.slice(image) for image in images])
 
 
 @pytest.fixture
 def samples(model):
-    """Unequal in every way: no image, one, three; one crop and many; short and long answers; several turns."""
+    """Unequal in every way: no image, one, three; one crop and many; short and long answers;
+    several turns."""
     return [
         sample(model, "<image>\nWhat is this?", "a red bar", images=[picture(1)]),
         sample(model, "No picture here", "yes, none at all, and a longer answer"),
@@ -47,7 +51,7 @@ def twin_embeddings(model, one, parts="both"):
     embedding, config = model.llm.get_input_embeddings(), model.config
     question = embedding(torch.tensor(one.text.question, dtype=torch.long))
     rows, labels, images = [], [], iter(one.images)
-    for token, label in zip(one.text.ids, one.text.labels):
+    for token, label in zip(one.text.ids, one.text.labels, strict=True):
         if token != IMAGE_TOKEN:
             rows.append(embedding(torch.tensor(token)))
             labels.append(label)
@@ -59,9 +63,11 @@ def twin_embeddings(model, one, parts="both"):
         seen = []
         if parts != "local":
             query_former = model.adapter.mlp(model.adapter.query_former(features))
-            seen += list((gates[..., :1] * model.adapter.mlp(features) + gates[..., 1:] * query_former)[0])
+            mixed = gates[..., :1] * model.adapter.mlp(features) + gates[..., 1:] * query_former
+            seen += list(mixed[0])
         if parts == "both":
-            seen.append(embedding(torch.tensor(model.processor.tokenizer(",", add_special_tokens=False)["input_ids"][-1])))
+            comma = model.processor.tokenizer(",", add_special_tokens=False)["input_ids"][-1]
+            seen.append(embedding(torch.tensor(comma)))
         if parts != "global":
             side = model.compression.side
             raster = [[None] * (columns * side) for _ in range(grid_rows * side)]
@@ -98,17 +104,20 @@ def test_packed_equals_alone_forward_and_every_gradient(model, samples, parts):
         every = reference(inputs_embeds=embeddings[None]).logits[0]
         learned = [t for t, label in enumerate(labels) if label != IGNORE]
         logits.append(every[[t - 1 for t in learned]])
-        losses.append(F.cross_entropy(logits[-1], torch.tensor([labels[t] for t in learned]), reduction="sum"))
+        targets = torch.tensor([labels[t] for t in learned])
+        losses.append(F.cross_entropy(logits[-1], targets, reduction="sum"))
     torch.testing.assert_close(output.logits, torch.cat(logits), atol=2e-5, rtol=1e-4)
     loss = sum(losses) / sum(len(part) for part in logits)
     torch.testing.assert_close(output.loss, loss, atol=1e-6, rtol=1e-5)
     loss.backward()
     slow = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    # Batch-wide modules get zero gradients where the twin gives none (an unused expert, unused noise).
+    # Batch-wide modules get zero gradients where the twin gives none
+    # (an unused expert, unused noise).
     assert set(slow) <= set(fast)
     for name, gradient in fast.items():
         other = slow.get(name, torch.zeros_like(gradient))
-        torch.testing.assert_close(gradient, other, atol=2e-6, rtol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(gradient, other, atol=2e-6, rtol=2e-3,
+                                   msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 10_000])
@@ -122,7 +131,8 @@ def test_loss_in_chunks_is_the_same_loss(model, samples, monkeypatch, chunk):
         output = model(Batch.pack(samples), logits=logits)
         assert (output.logits is not None) == logits
         output.loss.backward()
-        results.append((output.loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((output.loss.detach(), gradients))
     (loss, gradients), (other, others) = results
     torch.testing.assert_close(loss, other)
     assert gradients.keys() == others.keys()
@@ -133,15 +143,17 @@ def test_loss_in_chunks_is_the_same_loss(model, samples, monkeypatch, chunk):
 def test_a_neighbour_changes_nothing(model, samples):
     together = model(Batch.pack(samples)).logits
     counts = [sum(label != IGNORE for label in s.text.labels) for s in samples]
-    for one, part in zip(samples, together.split(counts)):
+    for one, part in zip(samples, together.split(counts), strict=True):
         torch.testing.assert_close(model(Batch.pack([one])).logits, part, atol=1e-5, rtol=1e-5)
 
 
 def test_noise_travels_with_its_sample(model, samples):
-    """In training a sample sees its own noise whatever it is batched with, so losses do not depend on the sharing of work."""
+    """In training a sample sees its own noise whatever it is batched with, so losses do not depend
+    on the sharing of work."""
     L, Nq = model.adapter.num_tokens, model.config.num_queries
     noisy = [replace(one, gate_noise=torch.randn(len(one.images), L, 2),
-                     router_noise=torch.randn(sum(i.grid[0] * i.grid[1] * Nq for i in one.images))) for one in samples]
+                     router_noise=torch.randn(sum(i.grid[0] * i.grid[1] * Nq for i in one.images)))
+             for one in samples]
     model.train()
     together = model(Batch.pack(noisy)).logits
     alone = [model(Batch.pack([one])).logits for one in noisy]
@@ -149,11 +161,12 @@ def test_noise_travels_with_its_sample(model, samples):
     louder = replace(noisy[0], gate_noise=noisy[0].gate_noise + 1)
     assert torch.equal(*(torch.cat(model.see(Batch.pack([s])).keep) for s in (louder, noisy[0])))
     mixed = torch.cat([noisy[0].gate_noise[..., :1] + 1, noisy[0].gate_noise[..., 1:]], -1)
-    gates = [model.see(Batch.pack([replace(noisy[0], gate_noise=n)])).gates for n in (mixed, noisy[0].gate_noise)]
+    gates = [model.see(Batch.pack([replace(noisy[0], gate_noise=n)])).gates
+             for n in (mixed, noisy[0].gate_noise)]
     assert (gates[0][..., 0] > gates[1][..., 0]).all()
-    kept = {tuple(torch.cat(model.see(Batch.pack([replace(noisy[2], router_noise=noise)])).keep).tolist())
-            for noise in (noisy[2].router_noise, -noisy[2].router_noise)}
-    assert len(kept) == 2
+    kept = [model.see(Batch.pack([replace(noisy[2], router_noise=noise)])).keep
+            for noise in (noisy[2].router_noise, -noisy[2].router_noise)]
+    assert len({tuple(torch.cat(keep).tolist()) for keep in kept}) == 2
     model.eval()
     assert torch.equal(model.see(Batch.pack(noisy)).gates, model.see(Batch.pack(samples)).gates)
 
@@ -164,7 +177,8 @@ def test_router_reads_the_question_and_nothing_else(model):
         batch = Batch.pack([sample(model, "<image>\n" + question, answer, images=[image])])
         return torch.cat(model.see(batch, gamma=0.3).keep)
     same = kept("What number is on the red bar?", "12")
-    assert torch.equal(same, kept("What number is on the red bar?", "a wholly different, longer answer: red, red"))
+    assert torch.equal(same, kept("What number is on the red bar?",
+                                  "a wholly different, longer answer: red, red"))
     assert not torch.equal(same, kept("triangle", "12"))
     assert 0 < int(same.sum()) < len(same)
 
@@ -188,7 +202,8 @@ def test_views_that_are_not_there_are_missed(model):
 
 
 def test_crops_are_stitched_by_hand():
-    """Two crops side by side, each 2 x 2 tokens: 0 1 / 2 3 and 4 5 / 6 7. Glued: 0 1 4 5 / 2 3 6 7."""
+    """Two crops side by side, each 2 x 2 tokens: 0 1 / 2 3 and 4 5 / 6 7.
+    Glued: 0 1 4 5 / 2 3 6 7."""
     tokens = torch.arange(8.0).view(2, 4, 1)                                   # [P, g * g, D]
     assert stitch(tokens, (2, 1))[:, 0].tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
     assert stitch(tokens, (1, 2))[:, 0].tolist() == list(range(8))
@@ -208,7 +223,7 @@ def test_bad_batches_are_refused(model):
         model(Batch.pack([good]), parts="globe")
 
 
-# ------------------------------------------------------------------------------------------------------------- answering
+# ---------------------------------------------------------------------------------------- answering
 
 
 def test_generation_with_cache_equals_recomputing_everything(model):
@@ -229,13 +244,15 @@ def test_generation_with_cache_equals_recomputing_everything(model):
 
 @pytest.mark.parametrize("limit", [3, 40])
 def test_a_conversation_with_its_cache_equals_recomputing_everything(model, limit):
-    """Two more turns, after answers that ended by themselves or were cut: the tokens of the whole conversation, anew."""
+    """Two more turns, after answers that ended by themselves or were cut: the tokens of the whole
+    conversation, anew."""
     torch.manual_seed(3)
     conversation = Conversation(model, [picture(1)], gamma=1.0, max_new_tokens=limit)
     said, end = [], model.processor.tokenizer.eos_token_id
     for turn, question in enumerate(("How many bars are there?", "And rows?", "What?")):
         value = "<image>\n" + question if turn == 0 else question
-        text = encode([{"from": "human", "value": value}], "chat", model.processor.tokenizer, begin=turn == 0)
+        text = encode([{"from": "human", "value": value}], "chat", model.processor.tokenizer,
+                      begin=turn == 0)
         said += text.ids
         images = [model.processor.slice(picture(1))]
         whole = Sample(replace(text, ids=list(said), labels=[IGNORE] * len(said)), images)
@@ -246,12 +263,15 @@ def test_a_conversation_with_its_cache_equals_recomputing_everything(model, limi
 
 
 def test_answers_to_a_batch_equal_those_to_each_alone(model):
-    """Samples of all lengths, which end at different steps: by a token of their own, at once, or by the limit."""
+    """Samples of all lengths, which end at different steps: by a token of their own, at once, or by
+    the limit."""
     torch.manual_seed(5)
-    questions = [(picture(1), "How many bars are there?"), (None, "Who?"), ([picture(2, (64, 64)), picture(3)], "Which?"),
+    questions = [(picture(1), "How many bars are there?"), (None, "Who?"),
+                 ([picture(2, (64, 64)), picture(3)], "Which?"),
                  (picture(4, (250, 40)), "A much longer question about the picture?")]
     prompts = [model.processor.ask(*pair) for pair in questions]
-    # An untrained adapter makes every answer <s>, <s>, ...: a random output layer makes them differ.
+    # An untrained adapter makes every answer <s>, <s>, ...:
+    # a random output layer makes them differ.
     model.llm.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.llm.lm_head.weight))
     model.end_ids = set()
     alone = [list(model.generate(prompt, max_new_tokens=12)) for prompt in prompts]
@@ -268,11 +288,13 @@ def test_equal_views_are_encoded_once_for_an_answer(model, samples, monkeypatch)
     """Those of a picture that several questions are about, and blank crops."""
     batch = Batch.pack(samples + samples)
     seen, forward = [], type(model.vision).forward
-    monkeypatch.setattr(type(model.vision), "forward", lambda self, views: seen.append(views) or forward(self, views))
+    monkeypatch.setattr(type(model.vision), "forward",
+                        lambda self, views: seen.append(views) or forward(self, views))
     for ours, plain in zip(model.encode_once(batch), model.encode(batch), strict=True):
         assert (ours - plain).abs().max() < 1e-5
     assert len(seen[0]) == len(torch.unique(seen[1], dim=0)) <= len(seen[1]) / 2
-    assert [len(part) for part in model.encode_once(Batch.pack([model.processor.ask(None, "?")]))] == [0, 0]
+    words = model.encode_once(Batch.pack([model.processor.ask(None, "?")]))
+    assert [len(part) for part in words] == [0, 0]
 
 
 def test_generation_leaves_the_mode_and_handles_words_only(model):
@@ -298,20 +320,21 @@ def test_sampling():
     torch.manual_seed(0)
     draws = sample_tokens(logits.expand(2000, -1), 1.0, 0.7).tolist()
     assert set(draws) == {0, 1}  # softmax .67 .24 .09: the nucleus of .7 is the first two
-    assert abs(draws.count(0) / 2000 - 0.73) < 0.03  # .67 / (.67 + .24) = .73; three standard errors
+    assert abs(draws.count(0) / 2000 - 0.73) < 0.03  # .67 / (.67 + .24) = .73; 3 standard errors
     for temperature, top_p in ((-1.0, 1.0), (float("nan"), 1.0), (1.0, 0.0)):
         with pytest.raises(ValueError, match="temperature"):
             sample_tokens(logits, temperature, top_p)
 
 
-# ----------------------------------------------------------------------------------------------------- saving and loading
+# ------------------------------------------------------------------------------- saving and loading
 
 
 def test_round_trip_is_exact(model, samples, tmp_path):
     model.save_pretrained(tmp_path)
     again = SliME.from_pretrained(tmp_path)
     assert again.config == model.config
-    for (name, old), (other, new) in zip(model.tensors().items(), again.tensors().items()):
+    pairs = zip(model.tensors().items(), again.tensors().items(), strict=True)
+    for (name, old), (other, new) in pairs:
         assert name == other and torch.equal(old, new)
     batch = Batch.pack(samples)
     assert torch.equal(model(batch).loss, again(batch).loss)
@@ -364,6 +387,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(model, tmp_path, monkeypat
 def test_push_to_hub_uploads_a_loadable_checkpoint(model, tmp_path, monkeypatch):
     import shutil
     from types import SimpleNamespace
+
     import huggingface_hub.hub_mixin as mixin
 
     class Hub:
@@ -378,18 +402,19 @@ def test_push_to_hub_uploads_a_loadable_checkpoint(model, tmp_path, monkeypatch)
 
     monkeypatch.setattr(mixin, "HfApi", Hub)
     model.push_to_hub("somebody/something")
-    assert torch.equal(SliME.from_pretrained(tmp_path / "uploaded").adapter.w_gate, model.adapter.w_gate)
+    again = SliME.from_pretrained(tmp_path / "uploaded")
+    assert torch.equal(again.adapter.w_gate, model.adapter.w_gate)
 
 
-# -------------------------------------------------------------------------------------------------------------- backbones
+# ---------------------------------------------------------------------------------------- backbones
 
 
 @pytest.fixture
 def clip_folder(tmp_path):
     """A real, small CLIP vision model in a folder that stands for its hub id."""
     torch.manual_seed(1)
-    config = CLIPVisionConfig(hidden_size=128, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-                              image_size=56, patch_size=14)
+    config = CLIPVisionConfig(hidden_size=128, intermediate_size=64, num_hidden_layers=3,
+                              num_attention_heads=4, image_size=56, patch_size=14)
     clip = CLIPVisionModel(config).eval()
     clip.save_pretrained(tmp_path / "clip")
     return tmp_path / "clip", clip
@@ -404,28 +429,31 @@ def test_tower_runs_to_the_layer_that_is_used(clip_folder):
     for layer in (-1, -2, -3):
         tower = load_vision(str(folder), layer)
         torch.testing.assert_close(tower(views), hidden[layer][:, 1:], atol=1e-5, rtol=1e-5)
-        assert len(tower.clip.encoder.layers) == 4 + layer and not any(p.requires_grad for p in tower.parameters())
+        assert len(tower.clip.encoder.layers) == 4 + layer
+        assert not any(p.requires_grad for p in tower.parameters())
     with pytest.raises(ValueError, match="vision_layer must be"):
         load_vision(str(folder), -5)
 
 
 def test_backbones_from_folders_and_a_grouped_query_llm(clip_folder, tmp_path):
     folder, _ = clip_folder
-    llm = LlamaForCausalLM(LlamaConfig(vocab_size=700, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                       num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
-                                       bos_token_id=0, eos_token_id=1, pad_token_id=1))
-    llm.save_pretrained(tmp_path / "llm")
+    config = LlamaConfig(vocab_size=700, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+                         bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llm")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "llm" / name).write_bytes((TINY / "llm" / name).read_bytes())
-    model = SliME.from_backbones(SliMEConfig(vision=str(folder), llm=str(tmp_path / "llm"), num_queries=4)).eval()
-    one = Sample(encode([{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "yes"}], "chat",
-                        model.processor.tokenizer), [model.processor.slice(picture(1))])
+    config = SliMEConfig(vision=str(folder), llm=str(tmp_path / "llm"), num_queries=4)
+    model = SliME.from_backbones(config).eval()
+    one = sample(model, "<image>\nWhat?", "yes", images=[picture(1)])
     embeddings, labels = twin_embeddings(model, one)
     eager = LlamaForCausalLM.from_pretrained(tmp_path / "llm", attn_implementation="eager")
     learned = [t for t, label in enumerate(labels) if label != IGNORE]
     expected = eager(inputs_embeds=embeddings[None]).logits[0, [t - 1 for t in learned]]
-    torch.testing.assert_close(model(Batch.pack([one, one])).logits, torch.cat([expected, expected]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(Batch.pack([one, one])).logits,
+                               torch.cat([expected, expected]), atol=1e-5, rtol=1e-4)
     model.save_pretrained(tmp_path / "checkpoint")
     again = SliME.from_pretrained(tmp_path / "checkpoint")
     assert torch.equal(again(Batch.pack([one])).loss, model(Batch.pack([one])).loss)
-    assert isinstance(VisionTower, type) and again.answer(picture(1), "What?", max_new_tokens=2) is not None
+    assert isinstance(VisionTower, type)
+    assert again.answer(picture(1), "What?", max_new_tokens=2) is not None

@@ -1,4 +1,5 @@
-"""The three stages as programs: what they train, what they write, and what they say when something is wrong."""
+"""The three stages as programs: what they train, what they write, and what they say when something
+is wrong."""
 
 import json
 import os
@@ -25,7 +26,8 @@ def fails(capsys, monkeypatch, folder, *arguments):
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         train.main()
-    return stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.splitlines()[-1]
+    code = stop.value.code
+    return code if isinstance(code, str) else capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +43,16 @@ def test_each_stage_leaves_all_its_files_and_says_where_it_starts(short_run):
     out, printed = short_run
     for stage in STAGES:
         names = {path.name for path in (out / f"stage{stage}").iterdir()}
-        assert {"config.json", "model.safetensors", "tokenizer.json", "train_config.json", "metrics.jsonl", "loss.png",
-                "eval.json"} <= names
+        assert {"config.json", "model.safetensors", "tokenizer.json", "train_config.json",
+                "metrics.jsonl", "loss.png", "eval.json"} <= names
         results = json.loads((out / f"stage{stage}" / "eval.json").read_text())
         assert {"global", "detail", "detail_without_local", "detail_gamma_1", "detail_gamma_025",
                 "detail_random_025"} <= set(results)
         assert all(0 <= row["accuracy"] <= 1 and row["n"] == 4 for row in results.values())
         with Image.open(out / f"stage{stage}" / "loss.png") as plot:
             assert plot.width > 600
-    assert "stage 1 starts from the backbones tiny" in printed and f"stage 2 starts from {out}/stage1" in printed
+    assert "stage 1 starts from the backbones tiny" in printed
+    assert f"stage 2 starts from {out}/stage1" in printed
 
 
 def test_stages_train_their_parts_and_nothing_else(short_run):
@@ -59,8 +62,8 @@ def test_stages_train_their_parts_and_nothing_else(short_run):
     for stage, plan in STAGES.items():
         after = SliME.from_pretrained(out / f"stage{stage}")
         for name in ("vision", "adapter", "compression", "llm"):
-            pairs = zip(getattr(before, name).parameters(), getattr(after, name).parameters())
-            same = all(torch.equal(a, b) for a, b in pairs)
+            both = [getattr(model, name).parameters() for model in (before, after)]
+            same = all(torch.equal(a, b) for a, b in zip(*both, strict=True))
             if stage == 1 and name == "compression":
                 continue  # its random start is that of the stage's own seeded construction
             assert same == (name not in plan.trained), (stage, name)
@@ -78,17 +81,20 @@ def test_the_same_seed_gives_the_same_losses_bit_for_bit(tmp_path):
 
 def test_learning_rate_schedule():
     scales = [learning_rate_scale(step, 100) for step in range(100)]
-    assert scales[:4] == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0, 1.0]  # 3 steps of warm-up
+    assert scales[:4] == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0, 1.0]  # 3 warm-up steps
     assert scales[3:] == sorted(scales[3:], reverse=True) and 0 < scales[-1] < 0.001
     assert [learning_rate_scale(step, 1) for step in range(1)] == [1.0]
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--preset", "gigantic"], "--preset: invalid choice: 'gigantic' .choose from '?tiny'?, '?vicuna-7b"),
+    (["--preset", "gigantic"],
+     "--preset: invalid choice: 'gigantic' .choose from '?tiny'?, '?vicuna-7b"),
     (["--stage", "4"], "--stage: invalid choice: '4'"),
     (["--colour", "red"], "unrecognized arguments: --colour red; --help lists the flags"),
-    (["--stage", "2", "--out", "empty"], r"run first: python train.py --stage 1 --preset tiny --out empty"),
-    (["--stage", "3", "--init-from", "nowhere/at/all"], "nowhere/at/all: no such checkpoint folder"),
+    (["--stage", "2", "--out", "empty"],
+     r"run first: python train.py --stage 1 --preset tiny --out empty"),
+    (["--stage", "3", "--init-from", "nowhere/at/all"],
+     "nowhere/at/all: no such checkpoint folder"),
     (["--init-from", "somewhere"], "name the stage with --stage"),
     (["--stage", "1", "--data", "missing.json"], "missing.json: cannot be read"),
     (["--stage", "1", "--shard", "params"], "start with torchrun"),
@@ -107,11 +113,13 @@ def test_checkpoint_of_another_preset_and_strict_data(short_run, capsys, monkeyp
     (other / "config.json").write_text(json.dumps({**config, "llm": "lmsys/vicuna-7b-v1.5"}))
     message = fails(capsys, monkeypatch, tmp_path, "--stage", 2, "--out", tmp_path)
     assert "is a checkpoint of another preset: its llm is 'lmsys/vicuna-7b-v1.5'" in message
-    (tmp_path / "data.json").write_text(json.dumps([{"id": "r9", "image": "no.png", "conversations": [
-        {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]}]))
-    for flags, message in (((), "no usable record in a whole batch"), (("--strict-data",), "record r9: .*no.png")):
-        got = fails(capsys, monkeypatch, tmp_path, "--stage", 2, "--init-from", out / "stage1", "--out", tmp_path, "--data",
-                    tmp_path / "data.json", "--resume", "never", *flags)
+    data = tmp_path / "data.json"
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]
+    data.write_text(json.dumps([{"id": "r9", "image": "no.png", "conversations": turns}]))
+    for flags, message in (((), "no usable record in a whole batch"),
+                           (("--strict-data",), "record r9: .*no.png")):
+        got = fails(capsys, monkeypatch, tmp_path, "--stage", 2, "--init-from", out / "stage1",
+                    "--out", tmp_path, "--data", data, "--resume", "never", *flags)
         assert re.search(message, got)
 
 
@@ -119,60 +127,70 @@ def test_a_loss_that_is_not_finite_stops_the_run(short_run, capsys, monkeypatch,
     out, _ = short_run
     model = SliME.from_pretrained(out / "stage2")
     with torch.no_grad():
-        model.llm.get_decoder().norm.weight.fill_(3e38)  # finite, as all that is saved; what follows is not
+        model.llm.get_decoder().norm.weight.fill_(3e38)  # finite, so saved; what follows is not
     model.save_pretrained(tmp_path / "nan")
-    message = fails(capsys, monkeypatch, tmp_path, "--stage", 3, "--init-from", "nan", "--batch_size", 2, "--max-steps", 2)
-    assert re.search(r"step 0: loss nan, gradient norm nan, with the records .*; no state was saved yet", message)
+    message = fails(capsys, monkeypatch, tmp_path, "--stage", 3, "--init-from", "nan",
+                    "--batch_size", 2, "--max-steps", 2)
+    assert re.search(r"step 0: loss nan, gradient norm nan, with the records .*; "
+                     r"no state was saved yet", message)
 
 
 def test_torchrun_with_one_process_shards_too(tmp_path, monkeypatch):
     """The presets of Table 7 ask for sharding, which wants a process group even of one."""
     seen = []
-    monkeypatch.setattr("sliming.trainer.train_stage", lambda *_: seen.append(torch.distributed.is_initialized()))
-    for name, value in {"WORLD_SIZE": 1, "RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
+    monkeypatch.setattr("sliming.trainer.train_stage",
+                        lambda *_: seen.append(torch.distributed.is_initialized()))
+    environment = {"WORLD_SIZE": 1, "RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
+    for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
     for preset in ("llama3-8b", "tiny"):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "1", "--preset", preset, "--out", str(tmp_path),
-                                          "--eval-questions", "0"])
+        monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "1", "--preset", preset,
+                                          "--out", str(tmp_path), "--eval-questions", "0"])
         train.main()
     assert seen == [True, False]
 
 
 def test_tensorboard_where_it_is_not_installed(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert "pip install tensorboard" in fails(capsys, monkeypatch, tmp_path, "--stage", 1, "--max-steps", 1, "--batch_size", 2,
-                                              "--tensorboard")
+    message = fails(capsys, monkeypatch, tmp_path, "--stage", 1, "--max-steps", 1,
+                    "--batch_size", 2, "--tensorboard")
+    assert "pip install tensorboard" in message
 
 
 def test_alternating_adapters(tmp_path):
-    """First the MLP alone learns, then the query former alone, behind it; the checkpoint uses both."""
+    """First the MLP alone learns, then the query former alone, behind it;
+    the checkpoint uses both."""
     torch.manual_seed(0)
     before = SliME.from_backbones(PRESETS["tiny"].model)
     before.save_pretrained(tmp_path / "start")
-    for steps, expected in ((1, {"query_former"}), (2, {"mlp", "query_former"})):  # of one step, the second half begins at 0
-        config = TrainConfig(out=str(tmp_path / str(steps)), max_steps=steps, batch_size=2, adapter_schedule="alternate",
-                             init_from=str(tmp_path / "start"))
+    # Of one step, the second half begins at 0.
+    for steps, expected in ((1, {"query_former"}), (2, {"mlp", "query_former"})):
+        config = TrainConfig(out=str(tmp_path / str(steps)), max_steps=steps, batch_size=2,
+                             adapter_schedule="alternate", init_from=str(tmp_path / "start"))
         train_stage(config, 1, CPU)
         after = SliME.from_pretrained(tmp_path / str(steps) / "stage1")
         assert after.adapter.expert is None
-        changed = {name.split(".")[0] for (name, new), old in
-                   zip(after.adapter.named_parameters(), before.adapter.parameters()) if not torch.equal(new, old)}
+        pairs = zip(after.adapter.named_parameters(), before.adapter.parameters(), strict=True)
+        changed = {name.split(".")[0] for (name, new), old in pairs if not torch.equal(new, old)}
         assert changed == expected
 
 
-@pytest.mark.skipif(os.name != "posix", reason="limits the size of files, which only POSIX systems can")
+@pytest.mark.skipif(os.name != "posix",
+                    reason="limits the size of files, which only POSIX systems can")
 def test_a_full_disk_leaves_the_last_checkpoint_whole(short_run, tmp_path):
     out, _ = short_run
     shutil.copytree(out, tmp_path / "out")
-    before = {name: (tmp_path / "out/stage2" / name).read_bytes() for name in ("config.json", "model.safetensors")}
-    done = run_train(["--stage", 2, "--max-steps", 1, "--batch_size", 2, "--out", tmp_path / "out"], limit=1_000_000)
+    stage = tmp_path / "out/stage2"
+    before = {name: (stage / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    done = run_train(["--stage", 2, "--max-steps", 1, "--batch_size", 2, "--out", tmp_path / "out"],
+                     limit=1_000_000)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     for name, data in before.items():
-        assert (tmp_path / "out/stage2" / name).read_bytes() == data
-    SliME.from_pretrained(tmp_path / "out/stage2")
+        assert (stage / name).read_bytes() == data
+    SliME.from_pretrained(stage)
 
 
-def test_a_batch_that_cannot_be_shared_and_released_stage_files(short_run, tmp_path, monkeypatch, capsys):
+def test_a_batch_that_cannot_be_shared_and_released_stage_files(short_run, tmp_path, monkeypatch):
     from safetensors.torch import load_file
 
     from sliming.checkpoints import released as official
@@ -180,7 +198,8 @@ def test_a_batch_that_cannot_be_shared_and_released_stage_files(short_run, tmp_p
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
-    with pytest.raises(ValueError, match="16 records cannot be shared evenly by 3 processes: use --batch-size 15"):
+    with pytest.raises(ValueError, match="16 records cannot be shared evenly by 3 processes: "
+                                         "use --batch-size 15"):
         train_stage(TrainConfig(out=str(tmp_path)), 1, CPU)
     monkeypatch.undo()
     model = SliME.from_pretrained(out / "stage1")
@@ -188,8 +207,10 @@ def test_a_batch_that_cannot_be_shared_and_released_stage_files(short_run, tmp_p
     weights = load_file(tmp_path / "released" / "model.safetensors")
     stage = tmp_path / "released-stage1"
     stage.mkdir()
-    torch.save({name: tensor for name, tensor in weights.items() if "mm_projector" in name}, stage / "mm_projector.bin")
-    train_stage(TrainConfig(out=str(tmp_path), max_steps=1, batch_size=2, init_from=str(stage)), 2, CPU)
+    projector = {name: tensor for name, tensor in weights.items() if "mm_projector" in name}
+    torch.save(projector, stage / "mm_projector.bin")
+    config = TrainConfig(out=str(tmp_path), max_steps=1, batch_size=2, init_from=str(stage))
+    train_stage(config, 2, CPU)
     after = SliME.from_pretrained(tmp_path / "stage2")
-    for ours, theirs in zip(after.adapter.parameters(), model.adapter.parameters()):
+    for ours, theirs in zip(after.adapter.parameters(), model.adapter.parameters(), strict=True):
         assert torch.equal(ours, theirs)
