@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "SLIMING_TEST_GPU" not in os.environ:  # the tests and all their children run on the CPU, whatever the machine has
+if "SLIMING_TEST_GPU" not in os.environ:  # tests and all their children run on the CPU, always
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
@@ -15,7 +15,8 @@ from sliming.model import SliME
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=300, help="images and records that test_fuzz.py makes, each (300)")
+    parser.addoption("--fuzz", type=int, default=300,
+                     help="images and records that test_fuzz.py makes, each (300)")
 
 
 @pytest.fixture

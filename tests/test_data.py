@@ -1,4 +1,4 @@
-"""Records, files and order: what is wrong is said in one line, and the order does not depend on ranks or workers."""
+"""Records, files and order: errors take one line; the order does not depend on ranks or workers."""
 
 import json
 import pickle
@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sliming import data, inputs
-from sliming.config import STAGES, Recipe
+from sliming.config import Recipe
 from sliming.data import RecordFile, Steps, check_record, load_sample, open_mixture
 from sliming.images import open_image
 from sliming.inputs import Batch
@@ -37,9 +37,10 @@ def strange_records(count):
 
 @pytest.mark.parametrize("indent, ascii_only", [(None, True), (1, False)])
 def test_files_of_both_kinds(tmp_path, indent, ascii_only, monkeypatch):
-    """One by one as the json module reads them at once, from an index that is built in pieces of any size."""
+    """One by one as the json module reads them at once, whatever pieces the index is built in."""
     records = strange_records(40)
-    (tmp_path / "a.json").write_text(json.dumps(records, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
+    text = json.dumps(records, indent=indent, ensure_ascii=ascii_only)
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
     lines = "\n\n".join(json.dumps(r, ensure_ascii=ascii_only) for r in records)
     (tmp_path / "a.jsonl").write_text(lines + "\n", encoding="utf-8")
     for chunk in (7, 1000, 1 << 20):
@@ -61,7 +62,7 @@ def test_the_index_is_made_once_and_again_when_the_file_changes(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr("sliming.data.offsets_of_lines", None)  # would fail if it were called
         assert RecordFile(path)[0]["id"] == "old"
-    path.write_text(json.dumps(record(id="a newer one")) + "\n" + json.dumps(record(id="two")) + "\n")
+    path.write_text("".join(json.dumps(record(id=name)) + "\n" for name in ("a newer one", "two")))
     assert [r["id"] for r in RecordFile(path)] == ["a newer one", "two"]
 
 
@@ -81,7 +82,8 @@ def test_an_index_elsewhere_where_the_folder_is_read_only(tmp_path, monkeypatch)
     assert not list(tmp_path.rglob("*.npy"))  # a small file leaves none
     monkeypatch.setattr("sliming.data.SMALL", 0)
     assert RecordFile(path)[0] == record()
-    assert not list(path.parent.glob("*.npy")) and len(list((tmp_path / "cache" / "sliming").glob("*.npy"))) == 1
+    assert not list(path.parent.glob("*.npy"))
+    assert len(list((tmp_path / "cache" / "sliming").glob("*.npy"))) == 1
 
 
 @pytest.mark.parametrize("name, text, message", [
@@ -118,10 +120,13 @@ def test_missing_and_binary_files(tmp_path):
 
 
 def test_mixtures(tmp_path):
-    """Every epoch holds each file's records in its weight's number, in a new order; a half is another half next time."""
+    """Every epoch holds each file's records in its weight's number, in a new order; a half is
+    another half next time."""
     for name, count in (("a", 6), ("b", 4)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"id": f"{name}{i}"}) + "\n" for i in range(count)))
-    mixture = open_mixture([str(tmp_path / "a.jsonl"), f"{tmp_path}/b.jsonl:0.5"], seed=1)
+        lines = "".join(json.dumps({"id": f"{name}{i}"}) + "\n" for i in range(count))
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    files = [str(tmp_path / "a.jsonl"), f"{tmp_path}/b.jsonl:0.5"]
+    mixture = open_mixture(files, seed=1)
     assert len(mixture) == 8
     epochs = [[mixture[epoch * 8 + i]["id"] for i in range(8)] for epoch in range(4)]
     for epoch in epochs:
@@ -130,7 +135,7 @@ def test_mixtures(tmp_path):
     assert epochs[0] != epochs[1]
     for first, second in (epochs[:2], epochs[2:]):  # two halves are a whole
         assert len({name for name in first + second if name[0] == "b"}) == 4
-    assert [open_mixture([str(tmp_path / "a.jsonl"), f"{tmp_path}/b.jsonl:0.5"], seed=1)[i]["id"] for i in range(8)] == epochs[0]
+    assert [open_mixture(files, seed=1)[i]["id"] for i in range(8)] == epochs[0]
     twice = open_mixture([f"{tmp_path}/b.jsonl:2"], seed=0)
     assert sorted(twice[i]["id"] for i in range(8)) == sorted(2 * [f"b{i}" for i in range(4)])
     with pytest.raises(RecordError, match="a weight must be above 0"):
@@ -146,7 +151,8 @@ human, gpt = {"from": "human", "value": "Who?"}, {"from": "gpt", "value": "me"}
     ({"conversations": [gpt, human]}, "turn 1 must be"),
     ({"conversations": [human, {"from": "gpt"}]}, "turn 2 must be"),
     ({"conversations": [human, {"from": "gpt", "value": " "}]}, "turn 2 is an empty answer"),
-    ({"conversations": [human, {"from": "gpt", "value": "<image>"}]}, "answer with an <image> marker"),
+    ({"conversations": [human, {"from": "gpt", "value": "<image>"}]},
+     "answer with an <image> marker"),
     ({"conversations": [human, gpt, human]}, "last question has no answer"),
     ({"conversations": [human, gpt]}, "0 <image> markers for 1 images"),
     ({"image": ["a.png", "b.png"]}, "1 <image> markers for 2 images"),
@@ -167,14 +173,15 @@ def test_images_missing_broken_outside_and_of_wrong_type(model, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "a.png").write_bytes((tmp_path / "fine.png").read_bytes()[:40])
-    for image, message in (("a.png", "unreadable image"), ("b.png", "no such image"), ("../fine.png", "lies outside"),
-                           (str(tmp_path / "fine.png"), "lies outside"), (7, "must be a path, not int")):
+    for image, message in (("a.png", "unreadable image"), ("b.png", "no such image"),
+                           ("../fine.png", "lies outside"), (7, "must be a path, not int"),
+                           (str(tmp_path / "fine.png"), "lies outside")):
         with pytest.raises(RecordError, match=f"record r1: .*{message}") as error:
             load_sample(record(image=image), folder, "chat", model.processor)
         assert one_line(error)
     assert len(load_sample(record(image="fine.png"), tmp_path, "chat", model.processor).images) == 1
-    words = load_sample(record(image=[], conversations=[human, gpt]), tmp_path, "chat", model.processor)
-    assert words.images == []
+    words = record(image=[], conversations=[human, gpt])
+    assert load_sample(words, tmp_path, "chat", model.processor).images == []
 
 
 @pytest.mark.parametrize("rule", ["paper", "official"])
@@ -183,7 +190,8 @@ def test_too_long_samples_lose_crops_and_never_words(model, tmp_path, monkeypatc
     Image.new("RGB", (190, 190), "white").save(tmp_path / "large.png")
     Image.new("RGB", (128, 64), "white").save(tmp_path / "small.png")
     long = record(image=["large.png", "small.png"], conversations=[
-        {"from": "human", "value": "<image> <image>\nWhat?"}, {"from": "gpt", "value": "that " * 30}])
+        {"from": "human", "value": "<image> <image>\nWhat?"},
+        {"from": "gpt", "value": "that " * 30}])
     monkeypatch.setattr(model.config, "slicing", rule)
     reads = []
     monkeypatch.setattr(inputs, "open_image", lambda source, *rest: (
@@ -192,29 +200,32 @@ def test_too_long_samples_lose_crops_and_never_words(model, tmp_path, monkeypatc
     for limit in (None, 330, 280):
         sample = load_sample(long, tmp_path, "chat", model.processor, max_tokens=limit)
         grids = [image.grid for image in sample.images]
-        assert [len(image.crops) for image in sample.images] == [columns * rows for columns, rows in grids]
+        assert [len(image.crops) for image in sample.images] == [c * r for c, r in grids]
         assert grids[1] == (2, 1)
         counts.append(model.processor.token_count(sample.text, grids, "both"))
         batch = Batch.pack([sample])
-        assert len(model.embed(batch, model.see(batch, gamma=1.0))[0]) == counts[-1]  # what the language model reads
+        read = model.embed(batch, model.see(batch, gamma=1.0))[0]  # by the language model
+        assert len(read) == counts[-1]
         if limit is None:
             text = sample.text
         assert sample.text == text
     assert counts[0] > 330 >= counts[1] > 280 >= counts[2] and len(reads) == 6
-    with pytest.raises(RecordError, match="record r1: .* tokens with the fewest crops, the limit is 100; shorten"):
+    message = "record r1: .* tokens with the fewest crops, the limit is 100; shorten"
+    with pytest.raises(RecordError, match=message):
         load_sample(long, tmp_path, "chat", model.processor, max_tokens=100)
 
 
 def steps(model, batch_size=6, token_budget=None, micro_batch=None, **changes):
     recipe = Recipe(batch_size, 0.0, token_budget=token_budget, micro_batch=micro_batch)
-    return Steps(**{"records": TrainingSet(3), "processor": model.processor, "parts": "both", "template": "chat",
-                    "recipe": recipe, "steps": 4, **changes})
+    return Steps(**{"records": TrainingSet(3), "processor": model.processor, "parts": "both",
+                    "template": "chat", "recipe": recipe, "steps": 4, **changes})
 
 
 def rows(share):
     """The samples of a share in one order: ids, pixels and noise of each."""
     return sorted((ids.tolist(), noise.flatten().tolist()[:3]) for batch in share.batches
-                  for ids, noise in zip(batch.words.split(batch.lengths), batch.gate_noise))
+                  for ids, noise in zip(batch.words.split(batch.lengths), batch.gate_noise,
+                                        strict=True))
 
 
 def test_ranks_share_each_step_and_workers_do_not_matter(model):
@@ -224,15 +235,18 @@ def test_ranks_share_each_step_and_workers_do_not_matter(model):
         parts = [steps(model, rank=rank, world=3)[step] for rank in range(3)]
         assert sorted(row for part in parts for row in rows(part)) == rows(whole[step])
     for workers, start in ((0, None), (2, None), (1, "spawn")):
-        loader = DataLoader(steps(model), batch_size=None, num_workers=workers, multiprocessing_context=start)
+        loader = DataLoader(steps(model), batch_size=None, num_workers=workers,
+                            multiprocessing_context=start)
         for share, reference in zip(loader, whole, strict=True):
             assert torch.equal(share.batches[0].words, reference.batches[0].words)
-            assert torch.equal(share.batches[0].crops, reference.batches[0].crops) and share.skipped == []
+            assert torch.equal(share.batches[0].crops, reference.batches[0].crops)
+            assert share.skipped == []
     assert rows(steps(model, first=2)[0]) == rows(whole[2])  # going on from a step
 
 
 def test_workers_are_handed_neither_weights_nor_indices(model, tmp_path, monkeypatch):
-    """Where processes are not forked, all that a worker has is sent to it: the tokenizer, settings, the names of files."""
+    """Where processes are not forked, all that a worker has is sent to it: the tokenizer, settings,
+    the names of files."""
     monkeypatch.setattr("sliming.data.SMALL", 0)
     lines = "".join(json.dumps(record(id=str(i))) + "\n" for i in range(20_000))
     (tmp_path / "a.jsonl").write_text(lines)
@@ -245,11 +259,12 @@ def test_workers_are_handed_neither_weights_nor_indices(model, tmp_path, monkeyp
 
 def test_long_records_are_dealt_out_evenly(model, tmp_path):
     sizes = [1, 100, 1, 100, 1, 100, 1, 100]
-    records = [record(id=str(i), image=[], conversations=[human, {**gpt, "value": "word " * n}]) for i, n in enumerate(sizes)]
+    records = [record(id=str(i), image=[], conversations=[human, {**gpt, "value": "word " * n}])
+               for i, n in enumerate(sizes)]
     (tmp_path / "a.json").write_text(json.dumps(records))
     mixture = open_mixture([str(tmp_path / "a.json")], seed=0)
-    tokens = [sum(sum(batch.lengths) for batch in steps(model, records=mixture, batch_size=8, rank=rank, world=2)[0].batches)
-              for rank in range(2)]
+    shares = [steps(model, records=mixture, batch_size=8, rank=rank, world=2)[0] for rank in (0, 1)]
+    tokens = [sum(sum(batch.lengths) for batch in share.batches) for share in shares]
     assert max(tokens) < 1.2 * min(tokens)
 
 
@@ -262,7 +277,7 @@ def test_micro_batches(model):
         if "micro_batch" in options:
             assert [len(batch.lengths) for batch in share.batches] == [4, 2]
         for batch in share.batches:
-            tokens = sum(batch.lengths) + len(batch.grids) * 65 + 16 * sum(c * r for c, r in batch.grids)
+            tokens = sum(batch.lengths) + sum(65 + 16 * c * r for c, r in batch.grids)
             assert len(batch.lengths) == 1 or tokens <= options.get("token_budget", 10_000)
 
 
@@ -280,11 +295,14 @@ def test_with_several_ranks_every_micro_batch_has_an_image(model, tmp_path):
 
 def test_bad_records_are_skipped_and_counted_or_stop_a_strict_run(model, tmp_path):
     Image.fromarray(np.full((80, 90, 3), 200, np.uint8)).save(tmp_path / "a.png")
-    (tmp_path / "a.json").write_text(json.dumps([record(), record(id="r2", image="gone.png"), record(id="r3")]))
+    records = [record(), record(id="r2", image="gone.png"), record(id="r3")]
+    (tmp_path / "a.json").write_text(json.dumps(records))
     (tmp_path / "b.json").write_text(json.dumps([record(id="r2", image="gone.png")]))
-    options = {"records": open_mixture([str(tmp_path / "a.json")], 0), "folder": tmp_path, "batch_size": 3}
+    options = {"records": open_mixture([str(tmp_path / "a.json")], 0), "folder": tmp_path,
+               "batch_size": 3}
     share = steps(model, **options)[0]
     assert len(share.batches[0].lengths) == 2 and sorted(share.ids) == ["r1", "r3"]
-    assert len(share.skipped) == 1 and "record r2" in share.skipped[0] and "gone.png" in share.skipped[0]
+    assert len(share.skipped) == 1
+    assert "record r2" in share.skipped[0] and "gone.png" in share.skipped[0]
     nothing = steps(model, **{**options, "records": open_mixture([str(tmp_path / "b.json")], 0)})[0]
     assert nothing.batches == [] and len(nothing.skipped) == 3

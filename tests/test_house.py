@@ -89,11 +89,15 @@ def test_the_reading_path_is_small():
 
 def test_threads_wait_as_they_are_told_and_else_briefly():
     """Set when the package is imported, which is before torch; what the user says stands."""
-    code = "import os, sliming; print(*(os.environ.get(n) for n in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY', 'OMP_NUM_THREADS')))"
-    base = {name: value for name, value in os.environ.items() if "OMP_" not in name and name != "LOCAL_WORLD_SIZE"}
-    for given, expected in (({}, "10000 None None"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE None"),
+    code = ("import os, sliming; print(*(os.environ.get(n) for n in "
+            "('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY', 'OMP_NUM_THREADS')))")
+    base = {name: value for name, value in os.environ.items()
+            if "OMP_" not in name and name != "LOCAL_WORLD_SIZE"}
+    for given, expected in (({}, "10000 None None"),
+                            ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE None"),
                             ({"GOMP_SPINCOUNT": "7"}, "7 None None"),
                             ({"LOCAL_WORLD_SIZE": str(os.cpu_count())}, "10000 None 1"),
                             ({"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "3"}, "10000 None 3")):
-        done = subprocess.run([sys.executable, "-c", code], env=base | given, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code], env=base | given, cwd=ROOT,
+                              capture_output=True, text=True)
         assert done.stdout.strip() == expected, done.stderr

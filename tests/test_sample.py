@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def run(*arguments, typed="", cwd=ROOT):
-    """sample.py's main, in this process: a process of its own spends its time on imports (one test does that)."""
+    """sample.py's main in this process: a new one spends time on imports (one test does that)."""
     import sample
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
@@ -49,8 +49,8 @@ def folder(tmp_path_factory):
 
 
 def test_answer_and_explanation(folder):
-    done = run("--image", "picture.png", "--prompt", "How many bars are there?", "--explain", "look.png",
-               "--max-new-tokens", 5, cwd=folder)
+    done = run("--image", "picture.png", "--prompt", "How many bars are there?",
+               "--explain", "look.png", "--max-new-tokens", 5, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n")
     with Image.open(folder / "look.png") as picture:
@@ -58,8 +58,9 @@ def test_answer_and_explanation(folder):
 
 
 def test_as_a_program(folder):
-    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--image", "picture.png", "--max-new-tokens", "2"],
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, cwd=folder, timeout=120,
+    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--image", "picture.png",
+                           "--max-new-tokens", "2"], cwd=folder, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, input="How many?\n\n")
     assert done.returncode == 0 and done.stdout.count("> ") == 2, done.stderr
 
@@ -72,7 +73,8 @@ def test_several_images_and_none(folder):
 
 
 def test_conversation_until_an_empty_line(folder):
-    done = run("--image", "picture.png", "--max-new-tokens", 3, typed="How many?\nAnd now?\n\nnever read\n", cwd=folder)
+    done = run("--image", "picture.png", "--max-new-tokens", 3,
+               typed="How many?\nAnd now?\n\nnever read\n", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("> ") == 3
     assert run("--image", "picture.png", typed="", cwd=folder).returncode == 0  # end of input
@@ -81,26 +83,31 @@ def test_conversation_until_an_empty_line(folder):
 def test_a_file_of_questions_goes_on_where_it_was(folder):
     questions = [{"question_id": i, "image": image, "text": "Which?"} for i, image in
                  enumerate(("picture.png", None, ["picture.png", "picture.png"]))]
-    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions[:2])) + "\n{broken\n")
+    file = folder / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, questions[:2])) + "\n{broken\n")
     flags = ["--batch", "questions.jsonl", "--answers", "answers.jsonl", "--max-new-tokens", 2]
     done = run(*flags, cwd=folder)
-    assert done.returncode != 0 and "questions.jsonl, line 3: broken JSON" in done.stderr.splitlines()[-1]
-    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    assert done.returncode != 0
+    assert "questions.jsonl, line 3: broken JSON" in done.stderr.splitlines()[-1]
+    file.write_text("\n".join(map(json.dumps, questions)))
     assert run(*flags, cwd=folder).returncode == 0
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    assert [answer["question_id"] for answer in answers] == [0, 1, 2] and set(answers[0]) == {"question_id", "prompt", "text"}
+    assert [answer["question_id"] for answer in answers] == [0, 1, 2]
+    assert set(answers[0]) == {"question_id", "prompt", "text"}
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--image", "missing.png", "--prompt", "?"], "missing.png: no such image file"),
     (["--image", "text.png", "--prompt", "?"], "text.png: unreadable image"),
-    (["--out", "nothing", "--prompt", "?"], "no checkpoint in nothing/; make one with: python train.py"),
+    (["--out", "nothing", "--prompt", "?"],
+     "no checkpoint in nothing/; make one with: python train.py"),
     (["--checkpoint", "nothing/here/x", "--prompt", "?"], "no such checkpoint folder"),
     (["--gamma", "0", "--prompt", "?"], "--gamma: must be a number above 0 and at most 1, not '0'"),
     (["--temperature", "-1", "--prompt", "?"], "--temperature: must be a number of at least 0"),
     (["--explain", "x.png", "--prompt", "?"], "--explain needs an --image"),
     (["--batch", "q.jsonl", "--prompt", "?"], "--batch brings its own images and questions"),
-    (["--attention", "triton", "--prompt", "?"], "attention 'triton' cannot run here: it needs a CUDA device"),
+    (["--attention", "triton", "--prompt", "?"],
+     "attention 'triton' cannot run here: it needs a CUDA device"),
 ])
 def test_wrong_input_gets_one_line(folder, arguments, message):
     (folder / "text.png").write_text("no picture")

@@ -1,4 +1,4 @@
-"""Slicing against slow, obvious twins and recorded reference data; opening every odd kind of image file.
+"""Slicing against slow, obvious twins and recorded data; opening every odd kind of image file.
 
 Shapes: S side of a crop in pixels; P = columns * rows crops. Sizes and grids are (width, height).
 """
@@ -21,8 +21,7 @@ from reference import reference_folder
 from sliming.images import open_image
 from sliming.slicer import Slices, choose_grid, slice_image
 
-
-# ---- slow twins --------------------------------------------------------------------------------------------
+# ---- slow twins ----------------------------------------------------------------------------------
 
 
 def paper_merit(size: tuple[int, int], grid: tuple[int, int], crop_size: int) -> tuple[int, int]:
@@ -34,7 +33,8 @@ def paper_merit(size: tuple[int, int], grid: tuple[int, int], crop_size: int) ->
     return utilised, canvas_width * canvas_height - utilised
 
 
-def paper_grid(size: tuple[int, int], crop_size: int, max_side: int, max_crops: int) -> tuple[int, int]:
+def paper_grid(size: tuple[int, int], crop_size: int, max_side: int,
+               max_crops: int) -> tuple[int, int]:
     """The paper's rule read aloud: keep the best so far in a double loop."""
     best, best_utilised, best_wasted = None, -1, -1
     for columns in range(1, max_side + 1):
@@ -54,8 +54,9 @@ def exact_utilised(size: tuple[int, int], grid: tuple[int, int], crop_size: int)
     return min(Fraction(width * height), width * scale * height * scale)
 
 
-def crop_by_crop(image: Image.Image, grid: tuple[int, int], crop_size: int) -> tuple[Image.Image, list]:
-    """(canvas, crops) by Pillow only: resize, paste on black, then one crop() for each cell, row by row."""
+def crop_by_crop(image: Image.Image, grid: tuple[int, int],
+                 crop_size: int) -> tuple[Image.Image, list]:
+    """(canvas, crops) by Pillow only: resize, paste on black, then crop() each cell, row by row."""
     width, height = grid[0] * crop_size, grid[1] * crop_size
     if width / image.width < height / image.height:
         size = width, min(math.ceil(image.height * (width / image.width)), height)
@@ -74,7 +75,8 @@ def pixels(image: Image.Image) -> torch.Tensor:
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, len(mode)), np.uint8))
+    values = np.random.default_rng(0).integers(0, 256, (height, width, len(mode)), np.uint8)
+    return Image.fromarray(values)
 
 
 def encode(image: Image.Image, format: str, **options) -> bytes:
@@ -84,12 +86,12 @@ def encode(image: Image.Image, format: str, **options) -> bytes:
 
 
 def random_sizes(count: int, seed: int) -> list[tuple[int, int]]:
-    """Widths and heights from 1 to 8000, evenly over the logarithm: small and thin ones are common."""
+    """Widths and heights from 1 to 8000, evenly over the logarithm: small and thin are common."""
     draw = random.Random(seed)
     return [(round(8000 ** draw.random()), round(8000 ** draw.random())) for _ in range(count)]
 
 
-# ---- the grid ----------------------------------------------------------------------------------------------
+# ---- the grid ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("crop_size, max_side, max_crops", [
@@ -106,20 +108,20 @@ def test_paper_rule_is_the_best_in_rational_numbers_to_within_whole_pixels():
         grids = [(columns, rows) for columns in range(1, 7) for rows in range(1, 7)]
         best = max(exact_utilised(size, grid, 336) for grid in grids)
         chosen = exact_utilised(size, choose_grid(*size), 336)
-        # Whole pixels lose less than one column and one row of the scaled image, float64 no more again.
+        # Whole pixels lose less than a column and a row of the scaled image, float64 no more again.
         scaled_width = math.sqrt(best * Fraction(size[0], size[1]))
         assert best - chosen <= 2 * (scaled_width + best / scaled_width), size
 
 
 def test_paper_rule_never_ties():
     for size in random_sizes(1000, seed=2) + [(side, side) for side in range(1, 2500, 97)]:
-        merits = [paper_merit(size, (columns, rows), 336) for columns in range(1, 7) for rows in range(1, 7)]
+        merits = [paper_merit(size, (c, r), 336) for c in range(1, 7) for r in range(1, 7)]
         best = max(merits, key=lambda merit: (merit[0], -merit[1]))
         assert merits.count(best) == 1, size
 
 
 def test_grids_that_can_be_checked_by_hand():
-    assert choose_grid(336, 336) == (1, 1)  # an image no larger than one crop gets one crop: no special case
+    assert choose_grid(336, 336) == (1, 1)  # no larger than one crop: no special case
     assert choose_grid(10, 20) == (1, 1)
     assert choose_grid(337, 336) == (2, 1)
     assert choose_grid(672, 1008) == (2, 3)
@@ -128,7 +130,7 @@ def test_grids_that_can_be_checked_by_hand():
     assert choose_grid(2016, 2016, max_crops=8) == (2, 2)
     assert choose_grid(20000, 50) == (6, 1)
     assert choose_grid(1, 1, rule="official") == (1, 2)  # the released rule never gives one crop
-    assert choose_grid(1000, 1000, rule="official") == (2, 3)  # 6 crops either way: the first candidate wins
+    assert choose_grid(1000, 1000, rule="official") == (2, 3)  # 6 crops either way: the first wins
     assert choose_grid(3000, 430, rule="official") == (7, 1)
 
 
@@ -143,9 +145,10 @@ def test_both_rules_equal_the_recorded_grids():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(rule="other"), "unknown slicing rule 'other'"),
-    (dict(max_crops=0), "at least 1"), (dict(max_side=0), "at least 1"), (dict(crop_size=0), "at least 1"),
-    (dict(rule="official", max_crops=4), "official"), (dict(rule="official", max_side=4), "official")])
+    (dict(rule="other"), "unknown slicing rule 'other'"), (dict(max_crops=0), "at least 1"),
+    (dict(max_side=0), "at least 1"), (dict(crop_size=0), "at least 1"),
+    (dict(rule="official", max_crops=4), "official"),
+    (dict(rule="official", max_side=4), "official")])
 def test_bad_arguments_are_refused_in_one_line(arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
         choose_grid(500, 400, **arguments)
@@ -158,7 +161,7 @@ def test_bad_arguments_are_refused_in_one_line(arguments, message):
         slice_image(noise(50, 40), global_view="crop")
 
 
-# ---- the pixels --------------------------------------------------------------------------------------------
+# ---- the pixels ----------------------------------------------------------------------------------
 
 
 def assert_well_formed(slices: Slices, crop_size: int) -> None:
@@ -171,8 +174,8 @@ def assert_well_formed(slices: Slices, crop_size: int) -> None:
 
 @pytest.mark.parametrize("rule", ["paper", "official"])
 @pytest.mark.parametrize("crop_size, width, height", [
-    (24, 150, 60), (24, 60, 150), (24, 71, 73), (24, 9, 5), (7, 1, 1), (24, 1, 300), (336, 500, 401),
-    (30, 20000, 50), (16, 97, 31)])
+    (24, 150, 60), (24, 60, 150), (24, 71, 73), (24, 9, 5), (7, 1, 1), (24, 1, 300),
+    (336, 500, 401), (30, 20000, 50), (16, 97, 31)])
 def test_slices_equal_crop_by_crop(rule, crop_size, width, height):
     image = noise(width, height)
     slices = slice_image(image, rule=rule, crop_size=crop_size)
@@ -187,8 +190,7 @@ def test_slices_equal_crop_by_crop(rule, crop_size, width, height):
     assert torch.equal(squashed.global_view, pixels(resized))
     assert torch.equal(squashed.crops, slices.crops)
     # Reassembled, the crops are the canvas.
-    columns, rows = slices.grid
-    lines = [torch.cat(list(slices.crops[row * columns : (row + 1) * columns]), dim=2) for row in range(rows)]
+    lines = [torch.cat(list(line), dim=2) for line in slices.crops.split(slices.grid[0])]
     assert torch.equal(torch.cat(lines, dim=1), pixels(canvas))
 
 
@@ -224,21 +226,23 @@ def test_official_views_equal_the_recorded_ones_bit_for_bit():
     records = json.loads((folder / "preprocess.json").read_text())["images"]
     assert records
     for record in records:
-        slices = slice_image(folder / f"{record['name']}.png", rule="official", global_view="squash")
-        views = torch.cat([slices.global_view[None], slices.crops])                     # [1 + P, 3, S, S]
-        assert list(slices.grid) == record["grid_cols_rows"] and list(views.shape) == record["shape"]
-        stacked = np.array(Image.open(folder / f"{record['name']}.views.png"))          # [(1 + P) * S, S, 3]
+        name = record["name"]
+        slices = slice_image(folder / f"{name}.png", rule="official", global_view="squash")
+        views = torch.cat([slices.global_view[None], slices.crops])              # [1 + P, 3, S, S]
+        assert list(slices.grid) == record["grid_cols_rows"]
+        assert list(views.shape) == record["shape"]
+        stacked = np.array(Image.open(folder / f"{name}.views.png"))           # [(1 + P) * S, S, 3]
         count, _, size, _ = record["shape"]
         recorded = torch.from_numpy(stacked).reshape(count, size, size, 3).permute(0, 3, 1, 2)
-        assert torch.equal(views, recorded), record["name"]
-        assert hashlib.sha256(views.numpy().tobytes()).hexdigest() == record["sha256_uint8"], record["name"]
+        assert torch.equal(views, recorded), name
+        assert hashlib.sha256(views.numpy().tobytes()).hexdigest() == record["sha256_uint8"], name
 
 
-# ---- opening -----------------------------------------------------------------------------------------------
+# ---- opening -------------------------------------------------------------------------------------
 
 
 def opened(image: Image.Image, format: str, **options) -> np.ndarray:
-    """uint8 [H, W, 3] of the image after a trip through a file; checks that Pillow has nothing to warn of."""
+    """uint8 [H, W, 3] of the image after going through a file; checks that Pillow does not warn."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = open_image(io.BytesIO(encode(image, format, **options)))
@@ -271,11 +275,11 @@ def test_exif_orientation_is_applied(format):
         data = encode(image, format, exif=exif)
         result = np.array(open_image(io.BytesIO(data))).astype(int)
         assert result.shape[:2] == ((16, 32) if orientation < 5 else (32, 16)), orientation
-        assert result[white_part].min() > 240 and result.mean() < 140, orientation  # the other half is black
+        assert result[white_part].min() > 240 and result.mean() < 140, orientation  # half black
         kept = Image.open(io.BytesIO(data))
         assert np.array_equal(open_image(kept), result)
         assert np.array_equal(open_image(open_image(kept)), result)  # turned once, not twice
-        assert kept.size == (32, 16) or format == "TIFF"  # not changed in place; Pillow itself turns a TIFF
+        assert kept.size == (32, 16) or format == "TIFF"  # not in place; Pillow itself turns a TIFF
 
 
 def test_cmyk_is_converted_not_inverted():
@@ -287,14 +291,16 @@ def test_cmyk_is_converted_not_inverted():
 @pytest.mark.parametrize("dtype, mode", [("<u2", "I;16"), (">u2", "I;16B")])
 def test_16_bit_grey_is_scaled(dtype, mode):
     values = np.linspace(0, 65535, 40 * 30).round().reshape(30, 40)
-    expected = np.repeat(np.array([[round(v / 257) for v in line] for line in values])[:, :, None], 3, axis=2)
+    grey = np.array([[round(v / 257) for v in line] for line in values])
+    expected = np.repeat(grey[:, :, None], 3, axis=2)
     image = Image.frombytes(mode, (40, 30), values.astype(dtype).tobytes())
     assert np.array_equal(open_image(image), expected)
     if mode == "I;16":
         assert np.array_equal(opened(image, "PNG"), expected)
         assert np.array_equal(opened(image, "TIFF"), expected)
-        assert np.array_equal(opened(Image.fromarray(values.astype(np.int32)), "TIFF"), expected)  # mode I
-    dark = Image.fromarray((values / 1000).astype(np.uint16))  # stays dark: never stretched to its own range
+        wide = Image.fromarray(values.astype(np.int32))  # mode I
+        assert np.array_equal(opened(wide, "TIFF"), expected)
+    dark = Image.fromarray((values / 1000).astype(np.uint16))  # stays dark: never stretched
     assert np.array(open_image(dark)).max() == 0
 
 
@@ -306,8 +312,8 @@ def test_float_grey_is_scaled(white):
 
 
 @pytest.mark.parametrize("values", [
-    np.float32([[-1, 1]]), np.float32([[0, 70000]]), np.float32([[0, np.nan]]), np.float32([[0, np.inf]]),
-    np.int32([[-5, 5]]), np.int32([[0, 65536]])])
+    np.float32([[-1, 1]]), np.float32([[0, 70000]]), np.float32([[0, np.nan]]),
+    np.float32([[0, np.inf]]), np.int32([[-5, 5]]), np.int32([[0, 65536]])])
 def test_grey_values_without_a_known_white_are_refused(values, tmp_path):
     path = tmp_path / "depth.tiff"
     Image.fromarray(values).save(path)
@@ -326,7 +332,7 @@ def test_transparency_shows_white():
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putpixel((0, 0), 0)
-    for transparency in (1, bytes([255, 0])):  # one transparent index, and one alpha value for each index
+    for transparency in (1, bytes([255, 0])):  # a transparent index, and an alpha for each index
         result = opened(palette, "PNG", transparency=transparency)
         assert result[0, 0].tolist() == [10, 20, 30] and (result.reshape(-1, 3)[1:] == 255).all()
     key = Image.new("RGB", (4, 4), (1, 2, 3))
@@ -349,7 +355,8 @@ def test_animated_gives_the_first_frame(format, tmp_path):
     path.write_bytes(encode(frames[0], format, save_all=True, append_images=frames[1:], **options))
     assert np.array_equal(open_image(path), frames[0])
     slices = slice_image(path, crop_size=10)  # the file is closed by now, its other frames unread
-    assert slices.grid == (2, 1) and torch.equal(slices.crops, slice_image(frames[0], crop_size=10).crops)
+    assert slices.grid == (2, 1)
+    assert torch.equal(slices.crops, slice_image(frames[0], crop_size=10).crops)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20000, 50)])
@@ -358,8 +365,8 @@ def test_extreme_sizes_open(size):
 
 
 @pytest.mark.parametrize("format, mode", [
-    ("PNG", "RGB"), ("JPEG", "RGB"), ("JPEG", "CMYK"), ("GIF", "P"), ("BMP", "RGB"), ("WEBP", "RGB"),
-    ("TIFF", "RGB"), ("PNG", "LA")])
+    ("PNG", "RGB"), ("JPEG", "RGB"), ("JPEG", "CMYK"), ("GIF", "P"), ("BMP", "RGB"),
+    ("WEBP", "RGB"), ("TIFF", "RGB"), ("PNG", "LA")])
 def test_truncated_file_is_an_error_and_never_half_an_image(format, mode, tmp_path):
     data = encode(noise(64, 48).convert(mode), format)
     whole = np.array(open_image(io.BytesIO(data)))
@@ -368,7 +375,7 @@ def test_truncated_file_is_an_error_and_never_half_an_image(format, mode, tmp_pa
     for fraction in np.linspace(0, 0.99, 34):
         path.write_bytes(data[: int(len(data) * fraction)])
         try:
-            assert np.array_equal(open_image(path), whole)  # only bytes after the last pixel were missing
+            assert np.array_equal(open_image(path), whole)  # only bytes after the last pixel lost
         except ValueError as error:
             assert str(path) in str(error) and "replace it or drop its record" in str(error)
             assert "\n" not in str(error)
@@ -376,12 +383,14 @@ def test_truncated_file_is_an_error_and_never_half_an_image(format, mode, tmp_pa
     assert failures >= 30
 
 
-@pytest.mark.parametrize("data", [b"", b"no image", b"<html>404</html>", b"\x89PNG\r\n\x1a\n" + bytes(50)])
+@pytest.mark.parametrize("data", [
+    b"", b"no image", b"<html>404</html>", b"\x89PNG\r\n\x1a\n" + bytes(50)])
 def test_no_image_is_an_error_that_names_the_file(data, tmp_path):
     path = tmp_path / "page.jpg"
     path.write_bytes(data)
+    message = r"page\.jpg: unreadable image \(.+\); replace it or drop"
     for source in (path, str(path), open(path, "rb")):
-        with pytest.raises(ValueError, match=r"page\.jpg: unreadable image \(.+\); replace it or drop"):
+        with pytest.raises(ValueError, match=message):
             open_image(source)
     with pytest.raises(ValueError, match="^image without a name: unreadable"):
         open_image(io.BytesIO(data))
@@ -389,7 +398,8 @@ def test_no_image_is_an_error_that_names_the_file(data, tmp_path):
 
 @pytest.mark.parametrize("error, reason", [
     (RuntimeError("no planes\nin it"), "no planes in it"), (struct.error("short"), "short"),
-    (SyntaxError("bad chunk"), "bad chunk"), (EOFError(), "EOFError"), (OSError("bad strip"), "bad strip")])
+    (SyntaxError("bad chunk"), "bad chunk"), (EOFError(), "EOFError"),
+    (OSError("bad strip"), "bad strip")])
 def test_whatever_a_decoder_raises_becomes_one_line(error, reason, monkeypatch):
     def fail(self):
         raise error
@@ -397,7 +407,8 @@ def test_whatever_a_decoder_raises_becomes_one_line(error, reason, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", fail)
     with pytest.raises(ValueError) as caught:
         open_image(Image.new("RGB", (4, 4)))
-    assert f"unreadable image ({reason}); replace it" in str(caught.value) and "\n" not in str(caught.value)
+    assert f"unreadable image ({reason}); replace it" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_folder_empty_and_wrong_sources(tmp_path):
@@ -418,18 +429,18 @@ def test_decompression_bomb_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Pillow refuses more than twice this
     with pytest.raises(ValueError, match=r"bomb\.png: unreadable image \([^\n]*bomb[^\n]*$"):
         open_image(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # and only warns below that, with no file named
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # below that it only warns
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_image(path).size == (40, 30)
 
 
 def test_global_view_never_builds_a_square_of_the_long_side(monkeypatch):
-    """A 20,000-pixel strip padded to a square first would take 1.2 GB; no canvas is larger than the crops."""
+    """A 20,000-pixel strip padded to a square takes 1.2 GB; no canvas is larger than the crops."""
     image = Image.new("RGB", (20000, 50))
     sizes = []
     zeros, resize = torch.zeros, Image.Image.resize
-    monkeypatch.setattr(torch, "zeros", lambda *shape, **k: sizes.append(shape[:2]) or zeros(*shape, **k))
+    monkeypatch.setattr(torch, "zeros", lambda *s, **k: sizes.append(s[:2]) or zeros(*s, **k))
     monkeypatch.setattr(Image.Image, "resize", lambda *args: sizes.append(args[1]) or resize(*args))
     monkeypatch.setattr(Image, "new", None)  # no canvas is made by Pillow
     slice_image(image)
