@@ -1,5 +1,5 @@
-"""The READMEs' commands, word for word, in the order in which they stand: one end-to-end training that must reach its
-accuracy, and everything that is done with its result."""
+"""The READMEs' commands, word for word, in the order in which they stand: one end-to-end training
+that must reach its accuracy, and everything that is done with its result."""
 
 import json
 import os
@@ -16,14 +16,15 @@ import pytest
 from sliming.tiny.pictures import generator, render, sample_scene
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = [ROOT / "README.md", ROOT / "sliming" / "README.md", *sorted(ROOT.glob("sliming/*/README.md")),
-           ROOT / "theory" / "README.md"]
+READMES = [ROOT / "README.md", ROOT / "sliming" / "README.md",
+           *sorted(ROOT.glob("sliming/*/README.md")), ROOT / "theory" / "README.md"]
 
 
 def commands_of(path):
     """The shell commands that a page shows, one a line."""
     blocks = re.findall(r"^```bash\n(.*?)^```$", path.read_text(), flags=re.S | re.M)
-    return [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", "").splitlines()
+    return [line.split("  #")[0].strip()
+            for block in blocks for line in block.replace("\\\n", "").splitlines()
             if line.strip() and not line.strip().startswith("#")]
 
 
@@ -33,13 +34,15 @@ MAIN = next(command for command in COMMANDS if "train.py --stage all" in command
 
 def run(command, cwd, timeout=1200):
     """A command as a person in an activated environment would run it."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(command, shell=True, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(command, shell=True, cwd=cwd, env={**os.environ, "PATH": path},
+                          capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A copy of the repository in which the README's main command has run (without making the environment again)."""
+    """A copy of the repository in which the README's main command has run (without making the
+    environment again)."""
     work = tmp_path_factory.mktemp("clone")
     for name in ("sliming", "theory", "train.py", "sample.py"):
         source = ROOT / name
@@ -52,7 +55,7 @@ def trained(tmp_path_factory):
 
 
 def test_three_stages_reach_their_accuracy(trained):
-    """Thresholds are a few standard errors (1.0 points at 95 % of 512) below what the README reports."""
+    """Thresholds: a few standard errors (1.0 points at 95 % of 512) below the README's numbers."""
     results = json.loads((trained / "out/stage3/eval.json").read_text())
     print({name: round(row["accuracy"], 3) for name, row in results.items()})
     accuracy = {name: row["accuracy"] for name, row in results.items()}
@@ -65,20 +68,24 @@ def test_three_stages_reach_their_accuracy(trained):
 
 
 def test_every_other_command_runs(trained):
-    """All commands that use the trained model or the package; those that set up or need other files are listed here."""
+    """All commands that use the trained model or the package; those that set up or need other files
+    are listed here."""
     rng = generator("held-out", 9)
     render(sample_scene(rng), rng).save(trained / "picture.png")
     folder = trained / "images"
     folder.mkdir()
     shutil.copy(trained / "picture.png", folder / "a.png")
-    turns = [{"from": "human", "value": "<image>\nHow many bars are there?"}, {"from": "gpt", "value": "three"}]
-    (trained / "records.json").write_text(json.dumps([{"id": "a", "image": "a.png", "conversations": turns}] * 4))
-    questions = [{"question_id": number, "image": "a.png", "text": "How many bars are there?"} for number in range(2)]
+    text = "How many bars are there?"
+    turns = [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": "three"}]
+    records = [{"id": "a", "image": "a.png", "conversations": turns}] * 4
+    (trained / "records.json").write_text(json.dumps(records))
+    questions = [{"question_id": number, "image": "a.png", "text": text} for number in range(2)]
     (trained / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    # Run by other tests, on small files: presets, benchmarks, SMR's sources; and what takes minutes, a GPU or the network.
-    elsewhere = ("venv", "--pretrain", "pytest", "nproc_per_node", "theory/", "--stage all", "SLIMING_REFERENCE",
-                 "yifanzhang114", "sliming.bench", "--benchmark", "--score-only", "sliming.smr", "smr.jsonl", "lmms_eval",
-                 "pip install")
+    # Run by other tests, on small files: presets, benchmarks, SMR's sources; and what takes
+    # minutes, a GPU or the network.
+    elsewhere = ("venv", "--pretrain", "pytest", "nproc_per_node", "theory/", "--stage all",
+                 "SLIMING_REFERENCE", "yifanzhang114", "sliming.bench", "--benchmark",
+                 "--score-only", "sliming.smr", "smr.jsonl", "lmms_eval", "pip install")
     ran = 0
     for command in COMMANDS:
         if any(word in command for word in elsewhere):
@@ -101,7 +108,8 @@ def test_readmes_name_only_flags_that_exist():
         if program is None:
             continue
         ways = {"build", "stats"} & set(words)
-        start = (f"-m {program}" if program.startswith("sliming.") else program) + f" {' '.join(ways)}"
+        module = "-m " if program.startswith("sliming.") else ""
+        start = f"{module}{program} {' '.join(ways)}"
         if start not in helps:
             helps[start] = run(f"{sys.executable} {start} --help", ROOT).stdout
         for flag in (w for w in words[words.index(program) + 1:] if w.startswith("--")):

@@ -1,24 +1,26 @@
-"""The built-in high-resolution question set: charts, tables and shapes whose small print only the local crops show.
+"""The built-in high-resolution question set: charts, tables and shapes whose small print only the
+local crops show.
 
-Three kinds of picture, drawn on the fly (about 1 ms each) and deterministic per index, so that the paper's three stages
-run on a laptop without any download:
+Three kinds of picture, drawn on the fly (about 1 ms each) and deterministic per index, so that the
+paper's three stages run on a laptop without any download:
 
   chart   bars of different colours, a two-digit value printed inside the top of each bar
   table   a coloured header above rows; each row has a letter and a two-digit number
   shapes  coloured shapes, a two-digit number printed on each
 
-The print is 7 pixels high. A large picture spans 2 to 4 crops a side, so that in the downscaled global view the print is
-about 2 pixels high and cannot be read, while colours, shapes, counts and heights can. From that follow two families of
-questions: *global* ones (How many bars are there?) and *detail* ones (What is the value of the red bar?). Bars are drawn
-in the order of their values and not to scale: heights tell which bar is the tallest but not what is printed on it.
-A small picture fits one crop, and everything in it can be read there.
+The print is 7 pixels high. A large picture spans 2 to 4 crops a side, so that in the downscaled
+global view the print is about 2 pixels high and cannot be read, while colours, shapes, counts and
+heights can. From that follow two families of questions: *global* ones (How many bars are there?)
+and *detail* ones (What is the value of the red bar?). Bars are drawn in the order of their values
+and not to scale: heights tell which bar is the tallest but not what is printed on it. A small
+picture fits one crop, and everything in it can be read there.
 
-What makes the set easy, and should be known when reading the numbers it gives: the print has one font and one size,
-pictures are whole multiples of a crop (so slicing does not rescale them), and a printed label never lies across the seam
-of two crops unless `across_seams` is set.
+What makes the set easy, and should be known when reading the numbers it gives: the print has one
+font and one size, pictures are whole multiples of a crop (so slicing does not rescale them), and a
+printed label never lies across the seam of two crops unless `across_seams` is set.
 
-Stages (Sec. 2.2, "Alternating Training Scheme"): I captions, II detailed descriptions asked for with the sixteen
-instructions of Table 5, III questions and answers.
+Stages (Sec. 2.2, "Alternating Training Scheme"): I captions, II detailed descriptions asked for
+with the sixteen instructions of Table 5, III questions and answers.
 
 Legend: H, W picture height and width in pixels; S crop size in pixels.
 """
@@ -34,8 +36,9 @@ from sliming.slicer import Slices
 CROP = 64  # S: side of one crop in pixels; the tiny vision tower's input size
 KINDS = ("chart", "table", "shapes")
 COLOURS = {
-    "red": (214, 39, 40), "green": (44, 150, 60), "blue": (40, 80, 210), "yellow": (235, 205, 40),
-    "purple": (140, 60, 180), "orange": (245, 135, 30), "cyan": (60, 195, 215), "brown": (120, 75, 45),
+    "red": (214, 39, 40), "green": (44, 150, 60), "blue": (40, 80, 210),
+    "yellow": (235, 205, 40), "purple": (140, 60, 180), "orange": (245, 135, 30),
+    "cyan": (60, 195, 215), "brown": (120, 75, 45),
 }
 SHAPES = ("circle", "square", "triangle", "diamond")
 LETTERS = "ABCDEFGH"
@@ -46,15 +49,24 @@ LARGE_GRIDS = ((3, 3), (3, 2), (2, 3), (4, 2), (2, 4))  # crops: (columns, rows)
 GLYPHS = {
     glyph: np.array([[int(bit) for bit in row] for row in rows.split()], dtype=bool)  # [7, 5]
     for glyph, rows in {
-        "0": "01110 10001 10011 10101 11001 10001 01110", "1": "00100 01100 00100 00100 00100 00100 01110",
-        "2": "01110 10001 00001 00110 01000 10000 11111", "3": "11110 00001 00001 01110 00001 00001 11110",
-        "4": "00010 00110 01010 10010 11111 00010 00010", "5": "11111 10000 11110 00001 00001 10001 01110",
-        "6": "00110 01000 10000 11110 10001 10001 01110", "7": "11111 00001 00010 00100 01000 01000 01000",
-        "8": "01110 10001 10001 01110 10001 10001 01110", "9": "01110 10001 10001 01111 00001 00010 01100",
-        "A": "01110 10001 10001 11111 10001 10001 10001", "B": "11110 10001 10001 11110 10001 10001 11110",
-        "C": "01110 10001 10000 10000 10000 10001 01110", "D": "11110 10001 10001 10001 10001 10001 11110",
-        "E": "11111 10000 10000 11110 10000 10000 11111", "F": "11111 10000 10000 11110 10000 10000 10000",
-        "G": "01110 10001 10000 10111 10001 10001 01110", "H": "10001 10001 10001 11111 10001 10001 10001",
+        "0": "01110 10001 10011 10101 11001 10001 01110",
+        "1": "00100 01100 00100 00100 00100 00100 01110",
+        "2": "01110 10001 00001 00110 01000 10000 11111",
+        "3": "11110 00001 00001 01110 00001 00001 11110",
+        "4": "00010 00110 01010 10010 11111 00010 00010",
+        "5": "11111 10000 11110 00001 00001 10001 01110",
+        "6": "00110 01000 10000 11110 10001 10001 01110",
+        "7": "11111 00001 00010 00100 01000 01000 01000",
+        "8": "01110 10001 10001 01110 10001 10001 01110",
+        "9": "01110 10001 10001 01111 00001 00010 01100",
+        "A": "01110 10001 10001 11111 10001 10001 10001",
+        "B": "11110 10001 10001 11110 10001 10001 11110",
+        "C": "01110 10001 10000 10000 10000 10001 01110",
+        "D": "11110 10001 10001 10001 10001 10001 11110",
+        "E": "11111 10000 10000 11110 10000 10000 11111",
+        "F": "11111 10000 10000 11110 10000 10000 10000",
+        "G": "01110 10001 10000 10111 10001 10001 01110",
+        "H": "10001 10001 10001 11111 10001 10001 10001",
     }.items()
 }
 NUMBER_SIZE = (11, 7)  # width and height of a printed two-digit number in pixels
@@ -62,7 +74,8 @@ NUMBER_SIZE = (11, 7)  # width and height of a printed two-digit number in pixel
 
 @dataclass(frozen=True)
 class Item:
-    """One fact of a picture: what it is (`role`: bar, row or a shape), what names it, and the number printed on it."""
+    """One fact of a picture: what it is (`role`: bar, row or a shape), what names it, and the
+    number printed on it."""
 
     role: str                         # "bar", "row" or one of SHAPES
     colour: str                       # name in COLOURS; "" for a row
@@ -80,12 +93,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a picture shows, before a pixel is drawn. `accent` is the header's or the tallest bar's colour."""
+    """Everything a picture shows, before a pixel is drawn."""
 
     kind: str                # one of KINDS
     size: tuple[int, int]    # W, H in pixels
     items: tuple[Item, ...]
-    accent: str              # "" for shapes
+    accent: str              # the header's or the tallest bar's colour; "" for shapes
     paper: int               # grey level of the background
 
     @property
@@ -94,7 +107,8 @@ class Scene:
         return max(self.size) <= CROP
 
 
-def sample_scene(rng: np.random.Generator, small: bool = False, across_seams: bool = False) -> Scene:
+def sample_scene(rng: np.random.Generator, small: bool = False,
+                 across_seams: bool = False) -> Scene:
     """Draws the facts and the geometry of one picture.
 
     `across_seams` lets labels lie across the seam of two crops.
@@ -108,7 +122,7 @@ def sample_scene(rng: np.random.Generator, small: bool = False, across_seams: bo
 
 
 def _free_of_seams(start: int, length: int, across_seams: bool) -> bool:
-    """True if the pixels start .. start + length - 1 lie in one crop (with a margin of 1), or need not."""
+    """True if pixels start .. start + length - 1 lie in one crop (with margin 1), or need not."""
     return across_seams or (start - 1) // CROP == (start + length) // CROP
 
 
@@ -117,13 +131,14 @@ def _numbers(rng: np.random.Generator, count: int) -> list[int]:
 
 
 def _place_chart(rng, columns, rows, across_seams):
-    height, slots = rows * CROP, 2 * columns  # one slot is half a crop wide, so bars do not lie across seams
+    height = rows * CROP
+    slots = 2 * columns  # each half a crop wide, so that bars do not lie across seams
     count = int(rng.integers(2, min(5, slots) + 1))
     colours = rng.choice(list(COLOURS), size=count, replace=False)
     floor = height - 5
     tops = np.arange(6, floor - 16)
     tops = [int(t) for t in tops if _free_of_seams(int(t) + 4, NUMBER_SIZE[1], across_seams)]
-    step = max(4, height // 16)  # the heights of two bars differ by 4 pixels of the global view or more
+    step = max(4, height // 16)  # two bars' heights differ by 4 pixels of the global view or more
     chosen: list[int] = []
     while len(chosen) < count:
         top = tops[rng.integers(len(tops))]
@@ -138,8 +153,8 @@ def _place_chart(rng, columns, rows, across_seams):
     for bar, slot in enumerate(sorted(rng.choice(slots, size=count, replace=False))):
         bar_width = int(rng.integers(21, 27))
         left = int(slot) * (CROP // 2) + int(rng.integers(2, CROP // 2 - bar_width - 1))
-        if across_seams:
-            left = min(left + int(rng.integers(0, CROP // 2)), columns * CROP - bar_width - 2) if bar == count - 1 else left
+        if across_seams and bar == count - 1:
+            left = min(left + int(rng.integers(0, CROP // 2)), columns * CROP - bar_width - 2)
         print_x = left + (bar_width - NUMBER_SIZE[0]) // 2
         items.append(Item("bar", str(colours[bar]), "", value[bar],
                           (left, chosen[bar], left + bar_width, floor), (print_x, chosen[bar] + 4)))
@@ -157,9 +172,10 @@ def _place_table(rng, columns, rows, across_seams):
     places = [x for x in range(6, width - pair - 6) if _free_of_seams(x, pair, across_seams)]
     left = places[rng.integers(len(places))]
     items = []
-    for row, (letter, number) in enumerate(zip(letters, _numbers(rng, count))):
+    for row, (letter, number) in enumerate(zip(letters, _numbers(rng, count), strict=True)):
         top = 3 + header + row * row_height
-        lines = [y for y in range(top + 3, top + row_height - 9) if _free_of_seams(y, NUMBER_SIZE[1], across_seams)]
+        lines = [y for y in range(top + 3, top + row_height - 9)
+                 if _free_of_seams(y, NUMBER_SIZE[1], across_seams)]
         y = lines[rng.integers(len(lines))]
         items.append(Item("row", "", str(letter), number, (3, top, width - 3, top + row_height),
                           (left + 5 + gap, y), (left, y)))
@@ -169,27 +185,29 @@ def _place_table(rng, columns, rows, across_seams):
 def _place_shapes(rng, columns, rows, across_seams):
     if columns * rows == 1:
         count = int(rng.integers(1, 3))
-        cells = [(0, 0, CROP, CROP)] if count == 1 else [(0, 0, CROP // 2, CROP), (CROP // 2, 0, CROP // 2, CROP)]
+        cells = [(left, 0, CROP // count, CROP) for left in (0, CROP // 2)[:count]]
     else:
         count = int(rng.integers(2, 6))
         picked = rng.choice(columns * rows, size=count, replace=False)
         cells = [(int(c) % columns * CROP, int(c) // columns * CROP, CROP, CROP) for c in picked]
     names = rng.choice(len(COLOURS) * len(SHAPES), size=count, replace=False)
     items = []
-    for (cell_x, cell_y, cell_w, cell_h), name, number in zip(cells, names, _numbers(rng, count)):
+    numbers = _numbers(rng, count)
+    for (cell_x, cell_y, cell_w, cell_h), name, number in zip(cells, names, numbers, strict=True):
         side = int(rng.integers(28, 31)) if cell_w < CROP else int(rng.integers(36, 55))
         x = cell_x + int(rng.integers(0, cell_w - side + 1))
         y = cell_y + int(rng.integers(0, cell_h - side + 1))
-        if across_seams and cell_w == CROP:  # half a cell aside; neighbours may overlap a little, labels do not
+        if across_seams and cell_w == CROP:  # aside; neighbours may overlap a little, labels do not
             x = min(x + int(rng.integers(0, CROP // 2)), columns * CROP - side)
         shape = SHAPES[int(name) // len(COLOURS)]
-        middle = 0.66 if shape == "triangle" else 0.5  # a triangle has room for print in its lower part
-        items.append(Item(shape, list(COLOURS)[int(name) % len(COLOURS)], "", number, (x, y, x + side, y + side),
-                          (x + (side - NUMBER_SIZE[0]) // 2, y + int(middle * side) - NUMBER_SIZE[1] // 2)))
+        colour = list(COLOURS)[int(name) % len(COLOURS)]
+        middle = 0.66 if shape == "triangle" else 0.5  # a triangle's room for print is below
+        print_at = (x + (side - NUMBER_SIZE[0]) // 2, y + int(middle * side) - NUMBER_SIZE[1] // 2)
+        items.append(Item(shape, colour, "", number, (x, y, x + side, y + side), print_at))
     return items, ""
 
 
-# ---------------------------------------------------------------------------------------------------------------- pixels
+# ------------------------------------------------------------------------------------------- pixels
 
 
 def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
@@ -198,7 +216,8 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
     canvas = np.full((height, width, 3), scene.paper, dtype=np.uint8)  # [H, W, 3]
 
     def tint(colour: str) -> np.ndarray:
-        return np.clip(np.array(COLOURS[colour]) + rng.integers(-14, 15, size=3), 0, 255).astype(np.uint8)
+        varied = np.array(COLOURS[colour]) + rng.integers(-14, 15, size=3)
+        return np.clip(varied, 0, 255).astype(np.uint8)
 
     if scene.kind == "table":
         header_end = scene.items[0].box[1]
@@ -211,7 +230,7 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
         else:
             canvas[y0:y1, x0:x1][_silhouette(item.role, y1 - y0, x1 - x0)] = tint(item.colour)
             x, y = item.print_at
-            canvas[y - 2:y + 9, x - 2:x + 13] = 255  # a white plate, so that the print has the same contrast everywhere
+            canvas[y - 2:y + 9, x - 2:x + 13] = 255  # a white plate: the same contrast everywhere
         _print(canvas, item.print_at, str(item.number))
         _print(canvas, item.letter_at, item.letter)
     if scene.kind == "chart":
@@ -239,11 +258,12 @@ def _print(canvas: np.ndarray, at: tuple[int, int], text: str) -> None:
         x += 6
 
 
-# ----------------------------------------------------------------------------------------------------------------- words
+# -------------------------------------------------------------------------------------------- words
 
 
 def caption(scene: Scene, rng: np.random.Generator, readable: bool) -> str:
-    """Stage I: what the global view shows; numbers and letters only if they are `readable` there, as in small pictures."""
+    """Stage I: what the global view shows; numbers and letters only if they are `readable` there,
+    as in small pictures."""
     count = COUNTS[len(scene.items)]
     if scene.kind == "chart":
         text = f"a chart with {count} bars, the tallest is {scene.accent}"
@@ -269,7 +289,8 @@ def global_questions(scene: Scene) -> list[tuple[str, str]]:
     """All (question, answer) pairs that the downscaled global view can answer."""
     count = COUNTS[len(scene.items)]
     if scene.kind == "chart":
-        return [("How many bars are there?", count), ("What colour is the tallest bar?", scene.accent)]
+        return [("How many bars are there?", count),
+                ("What colour is the tallest bar?", scene.accent)]
     if scene.kind == "table":
         return [("How many rows are there?", count), ("What colour is the header?", scene.accent)]
     pairs = [("How many shapes are there?", count)]
@@ -283,18 +304,19 @@ def global_questions(scene: Scene) -> list[tuple[str, str]]:
 
 def detail_questions(scene: Scene) -> list[tuple[str, str]]:
     """All (question, answer) pairs that need the print."""
-    return [(f"What number is on the {item.name}?" if item.role != "row" else f"What number is in {item.name}?",
+    return [(f"What number is {'in' if item.role == 'row' else 'on the'} {item.name}?",
              str(item.number)) for item in scene.items]
 
 
-# --------------------------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------ records
 
-SMALL_SHARE = {1: 0.6, 2: 0.3, 3: 0.15}  # of the training pictures of each stage; see README, "What the tiny preset is"
+# Of the training pictures of each stage; see README, "What the tiny preset is".
+SMALL_SHARE = {1: 0.6, 2: 0.3, 3: 0.15}
 _STREAMS = {"train": 1, "held-out": 2, "pretraining": 3}  # disjoint random streams
 
 
 def generator(split: str, *key: int) -> np.random.Generator:
-    """The random stream of one sample. Streams of different splits or keys are disjoint (numpy SeedSequence)."""
+    """The random stream of one sample; other splits and keys have disjoint ones (SeedSequence)."""
     return np.random.default_rng([_STREAMS[split], *key])
 
 
@@ -302,7 +324,9 @@ def generator(split: str, *key: int) -> np.random.Generator:
 class TrainingSet:
     """Endless training records of one stage, deterministic per (seed, index).
 
-    With a `pool` there are so many pictures only, and new words about them every time. A record has the fields of LLaVA's format: `id`, `image` (here a PIL image instead of a path) and `conversations`.
+    With a `pool` there are so many pictures only, and new words about them every time. A record has
+    the fields of LLaVA's format: `id`, `image` (here a PIL image instead of a path) and
+    `conversations`.
     """
 
     stage: int
@@ -316,7 +340,8 @@ class TrainingSet:
 
     def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
         """The picture of a record, and the stream that draws it and, without a pool, the words."""
-        rng = generator("train", self.stage, self.seed, index if self.pool is None else index % self.pool)
+        picture = index if self.pool is None else index % self.pool
+        rng = generator("train", self.stage, self.seed, picture)
         return sample_scene(rng, small=rng.random() < SMALL_SHARE[self.stage]), rng
 
     def turns(self, scene: Scene, rng: np.random.Generator, index: int) -> list[tuple[str, str]]:
@@ -327,8 +352,10 @@ class TrainingSet:
             return [("", caption(scene, rng, readable=scene.small))]
         if self.stage == 2:
             return [(DETAIL_PROMPTS[rng.integers(len(DETAIL_PROMPTS))], description(scene, rng))]
-        # Up to six different questions about one picture, as in LLaVA's instruction data: words are cheap, pixels not.
-        pools = [list(rng.permutation(pairs)) for pairs in (detail_questions(scene), global_questions(scene))]
+        # Up to six different questions about one picture, as in LLaVA's instruction data: words are
+        # cheap, pixels not.
+        pools = [list(rng.permutation(questions(scene)))
+                 for questions in (detail_questions, global_questions)]
         turns = []
         for _ in range(int(rng.integers(1, 7))):
             pool = pools[int(rng.random() < 0.5)]
@@ -341,5 +368,6 @@ def record(name: str, image: Image.Image | Slices, turns: list[tuple[str, str]])
     conversations = []
     for index, (question, answer) in enumerate(turns):
         marker = "<image>\n" if index == 0 else ""
-        conversations += [{"from": "human", "value": marker + question}, {"from": "gpt", "value": answer}]
+        conversations += [{"from": "human", "value": marker + question},
+                          {"from": "gpt", "value": answer}]
     return {"id": name, "image": image, "conversations": conversations}

@@ -19,8 +19,8 @@ from sliming.chat import DETAIL_PROMPTS, OPTION_LETTER, SINGLE_WORD
 from sliming.config import PRESETS
 from sliming.data import RecordFile, check_record
 from sliming.evaluation.metrics import score
-from sliming.model import SliME
 from sliming.guard import InputError
+from sliming.model import SliME
 from sliming.records import RecordError, mend, resume
 from sliming.smr import build as smr
 from sliming.smr import filters
@@ -644,7 +644,8 @@ def test_command_line(tmp_path, main):
             (("build", "dvqa", folder, "--out", out), "looks like ai2d"),
             ((*command, "--exclude", tmp_path / "none.json"), "none.json"),
             ((*command, "--splits", "val"), "no split 'val' of ai2d; there are test, train"),
-            ((*command, "--workers", 0), "at least 1 and at most 1024, not '0'"), (("build", "x"), "invalid choice"),
+            ((*command, "--workers", 0), "at least 1 and at most 1024, not '0'"),
+            (("build", "x"), "invalid choice"),
             ((*command[:4], tmp_path / "no/smr.jsonl"), "a file in a folder that exists"),
             ((*command, "--machine"), "--machine changes nothing for ai2d: it is of chartqa"),
             (("stats", tmp_path / "none.jsonl"), "none.jsonl")):

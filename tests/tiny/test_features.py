@@ -1,4 +1,4 @@
-"""Features of built-in pictures, made once: the same learning and the same answers, and the tower runs no more."""
+"""Features of built-in pictures, made once: same learning and answers; the tower runs no more."""
 
 import numpy as np
 import pytest
@@ -25,67 +25,81 @@ def views(model, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_pool_learns_the_same_with_features_and_with_pixels(model, views, monkeypatch, tmp_path, stage):
+def test_a_pool_learns_the_same_with_features_and_with_pixels(model, views, monkeypatch, tmp_path,
+                                                              stage):
     model.save_pretrained(tmp_path / "start")
     curves = []
     for name in ("features", "pixels"):
         if name == "pixels":
-            monkeypatch.setattr("sliming.trainer.training_set", lambda config, stage, *_: TrainingSet(stage, 0, config.pool))
+            monkeypatch.setattr("sliming.trainer.training_set",
+                                lambda config, stage, *_: TrainingSet(stage, 0, config.pool))
         views.clear()
-        config = TrainConfig(out=str(tmp_path / name), init_from=str(tmp_path / "start"), max_steps=4, batch_size=3, pool=5)
+        config = TrainConfig(out=str(tmp_path / name), init_from=str(tmp_path / "start"),
+                             max_steps=4, batch_size=3, pool=5)
         train_stage(config, stage, CPU)
         curves.append(losses(tmp_path / name / f"stage{stage}"))
-        assert len(views) == (1 if name == "features" else 4)  # five pictures at once, or every step
+        assert len(views) == (1 if name == "features" else 4)  # five pictures at once; every step
     assert curves[0] == pytest.approx(curves[1], abs=1e-5) and curves[0][3] != curves[0][0]
 
 
 def test_a_pool_s_pictures_come_back_with_new_words():
     records = TrainingSet(2, seed=1, pool=3)
     one, again = records[1], records[4]
-    assert np.array_equal(one["image"], again["image"]) and one["conversations"] != again["conversations"]
+    assert np.array_equal(one["image"], again["image"])
+    assert one["conversations"] != again["conversations"]
     assert not np.array_equal(one["image"], records[2]["image"])
 
 
 def test_nothing_comes_back_where_the_pool_is_larger_than_the_stage(views, tmp_path):
     """Then the pictures are new ones all the time, as without a pool."""
     for pool in (0, 6):
-        train_stage(TrainConfig(out=str(tmp_path / str(pool)), max_steps=2, batch_size=3, pool=pool), 1, CPU)
-    assert losses(tmp_path / "0" / "stage1") == losses(tmp_path / "6" / "stage1") and views == [3] * 4
+        config = TrainConfig(out=str(tmp_path / str(pool)), max_steps=2, batch_size=3, pool=pool)
+        train_stage(config, 1, CPU)
+    assert losses(tmp_path / "0" / "stage1") == losses(tmp_path / "6" / "stage1")
+    assert views == [3] * 4
     assert not (tmp_path / "6" / "features").exists()
 
 
 @pytest.mark.parametrize("parts", ["both", "global", "local"])
-def test_features_are_what_encode_gives_and_equal_views_are_kept_once(model, views, tmp_path, parts):
+def test_features_are_what_encode_gives_and_equal_views_are_kept_once(model, views, tmp_path,
+                                                                      parts):
     pictures = [TrainingSet(3)[index]["image"] for index in (0, 1, 2, 0)]
     features = Features(tmp_path, "some", pictures, model, parts)
     assert len(features) == 4 and len(views) == 1
     batch = Batch.pack([model.processor.ask(picture, "") for picture in pictures])
     whole, crops = model.encode(batch, parts)
     start = 0
-    for number, (slices, grid) in enumerate(zip((features[i] for i in range(4)), batch.grids, strict=True)):
+    kept = [features[index] for index in range(4)]
+    for number, (slices, grid) in enumerate(zip(kept, batch.grids, strict=True)):
         assert slices.grid == grid
-        assert slices.global_view is None if parts == "local" else (slices.global_view - whole[number]).abs().max() < 1e-5
+        if parts == "local":
+            assert slices.global_view is None
+        else:
+            assert (slices.global_view - whole[number]).abs().max() < 1e-5
         if parts == "global":
             assert slices.crops is None
             continue
         count = grid[0] * grid[1]
         assert (slices.crops - crops[start:start + count]).abs().max() < 1e-5
         start += count
-    assert features.path.stat().st_size == views[0] * 64 * 128 * 4 and views[0] < len(whole) + len(crops)
-    # The same model finds the file again; another tower, another way of slicing or another name does not.
+    assert features.path.stat().st_size == views[0] * 64 * 128 * 4
+    assert views[0] < len(whole) + len(crops)
+    # The same model finds the file again; another tower, way of slicing or name does not.
     views.clear()
     assert Features(tmp_path, "some", iter(()), model, parts).path == features.path and not views
     model.config.max_side = 5
-    other = Features(tmp_path, "some", pictures[:1], model, parts).path
+    sliced = Features(tmp_path, "some", pictures[:1], model, parts).path
     model.vision.clip.embeddings.class_embedding.data += 1
-    assert len({features.path, other, Features(tmp_path, "some", pictures[:1], model, parts).path}) == 3
+    encoded = Features(tmp_path, "some", pictures[:1], model, parts).path
+    assert len({features.path, sliced, encoded}) == 3
 
 
 def test_held_out_pictures_are_encoded_once_for_all_stages(model, views, tmp_path):
     plain = held_out_accuracy(model, 6)
     views.clear()
-    assert held_out_accuracy(model, 6, folder=tmp_path) == plain
-    assert held_out_accuracy(model, 6, folder=tmp_path) == plain and len(views) == 2  # once per family
+    for _ in range(2):
+        assert held_out_accuracy(model, 6, folder=tmp_path) == plain
+    assert len(views) == 2  # once per family
     views.clear()
     held_out_accuracy(model, 6, "global")
     assert views == [6, 6]  # what is not shown is not encoded

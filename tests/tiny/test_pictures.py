@@ -1,4 +1,6 @@
-"""The built-in question set: honest pictures, unambiguous questions, disjoint and repeatable streams."""
+"""The built-in question set: honest pictures, one answer each, disjoint and repeatable streams."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,12 +65,11 @@ def test_pictures_are_whole_crops_and_slicing_does_not_rescale():
 
 
 def test_global_view_loses_the_print_but_not_the_colours():
-    """Two pictures that differ in their numbers only: the global views are almost the same, the crops are not."""
+    """Of pictures that differ in numbers only, global views are almost the same, crops are not."""
     for scene, _ in scenes(40):
-        other = type(scene)(scene.kind, scene.size, tuple(
-            type(item)(**{**item.__dict__, "number": 10 + (item.number + 33) % 90}) for item in scene.items),
-            scene.accent, scene.paper)
-        a, b = (slice_image(render(s, np.random.default_rng(0)), crop_size=CROP) for s in (scene, other))
+        items = (replace(item, number=10 + (item.number + 33) % 90) for item in scene.items)
+        a, b = (slice_image(render(shown, np.random.default_rng(0)), crop_size=CROP)
+                for shown in (scene, replace(scene, items=tuple(items))))
         coarse = (a.global_view.float() - b.global_view.float()).abs().mean()
         fine = (a.crops.float() - b.crops.float()).abs().amax(dim=(0, 1)).max()
         assert coarse < 1.5 and fine > 150  # grey levels of 255
@@ -117,7 +118,10 @@ def test_samples_are_repeatable_and_streams_are_disjoint():
 def test_stages_ask_as_the_paper_says(stage):
     for index in range(50):
         human = TrainingSet(stage)[index]["conversations"][0]["value"].removeprefix("<image>\n")
-        assert human == "" if stage == 1 else human in DETAIL_PROMPTS if stage == 2 else human.endswith("?")
+        if stage == 1:
+            assert human == ""
+        else:
+            assert human in DETAIL_PROMPTS if stage == 2 else human.endswith("?")
 
 
 @pytest.mark.reference
