@@ -1,4 +1,4 @@
-"""What was found by attacking the programs, each in its smallest case: hostile files, kills, slips."""
+"""What attacks on the programs have found, in its smallest cases: hostile files, kills, slips."""
 
 import io
 import json
@@ -30,7 +30,8 @@ from sliming.images import open_image
 from sliming.model import SliME
 from sliming.records import RecordError, elements
 
-GOOD = {"id": "good", "conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "me"}]}
+GOOD = {"id": "good",
+        "conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "me"}]}
 posix = pytest.mark.skipif(os.name != "posix", reason="has no pipes or signals of this kind")
 
 
@@ -73,7 +74,8 @@ def copied(saved, folder, **settings):
 
 
 def with_text(text):
-    return {**GOOD, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "x"}]}
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "x"}]
+    return {**GOOD, "conversations": turns}
 
 
 BAD_RECORDS = {
@@ -85,7 +87,8 @@ BAD_RECORDS = {
     "links in a circle": json.dumps({**with_text(IMAGE), "image": "circle.png"}),
     "longer than the context": json.dumps(with_text("word " * 5000)),
     "a pipe": json.dumps({**with_text(IMAGE), "image": "pipe.png"}),
-    "escapes": json.dumps({**with_text(IMAGE), "id": "a\n\x1b[31mred\u202e", "image": "\x1b[2J\n.png"}),
+    "escapes": json.dumps({**with_text(IMAGE), "id": "a\n\x1b[31mred\u202e",
+                           "image": "\x1b[2J\n.png"}),
 }
 
 
@@ -96,10 +99,11 @@ def test_a_bad_record_costs_itself_only(model, tmp_path, name, ending):
     os.symlink(tmp_path / "circle.png", tmp_path / "circle.png")
     pipe(tmp_path / "pipe.png")
     path, texts = tmp_path / f"a{ending}", [json.dumps(GOOD), BAD_RECORDS[name], json.dumps(GOOD)]
-    path.write_text("[" + ",\n".join(texts) + "]" if ending == ".json" else "\n".join(texts), encoding="utf-8")
+    path.write_text("[" + ",\n".join(texts) + "]" if ending == ".json" else "\n".join(texts),
+                    encoding="utf-8")
     began = time.monotonic()
-    steps = Steps(open_mixture([str(path)], 0), model.processor, "both", "chat", Recipe(3, 0.0), 1, tmp_path)
-    share = steps[0]
+    mixture = open_mixture([str(path)], 0)
+    share = Steps(mixture, model.processor, "both", "chat", Recipe(3, 0.0), 1, tmp_path)[0]
     assert time.monotonic() - began < 5
     assert share.ids == ["good", "good"] and len(share.skipped) == 1
     assert plain(share.skipped[0]) == share.skipped[0] and len(share.skipped[0]) < 300
@@ -111,9 +115,10 @@ def test_a_palette_icns_and_eps(tmp_path):
     with io.BytesIO() as file:
         Image.new("P", (16, 16)).save(file, "PNG")
         png = file.getvalue()
-    icns = b"icns" + (16 + len(png)).to_bytes(4, "big") + b"ic07" + (8 + len(png)).to_bytes(4, "big") + png
-    (tmp_path / "a.icns").write_bytes(icns)
-    (tmp_path / "a.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n%%EOF\n")
+    icon = b"ic07" + (8 + len(png)).to_bytes(4, "big") + png
+    (tmp_path / "a.icns").write_bytes(b"icns" + (8 + len(icon)).to_bytes(4, "big") + icon)
+    (tmp_path / "a.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+                                     b"%%EndComments\n{} loop\n%%EOF\n")
     for name in ("a.icns", "a.eps"):
         with refused("unreadable image"):
             open_image(tmp_path / name)
@@ -137,8 +142,10 @@ def test_two_lists_in_a_file_and_odd_encodings(tmp_path):
     path.write_text(text + text)
     with refused("a.json, line 1: broken JSON .something follows", RecordError):
         RecordFile(path)
-    for content, number in ((b"\xef\xbb\xbf" + text.encode(), 1), (b" " * (3 << 20) + text.encode(), 1),
-                            (b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n" + json.dumps(GOOD).encode(), 2)):
+    line = json.dumps(GOOD).encode()
+    for content, number in ((b"\xef\xbb\xbf" + text.encode(), 1),
+                            (b" " * (3 << 20) + text.encode(), 1),
+                            (b"\xef\xbb\xbf" + line + b"\n" + line, 2)):
         path.write_bytes(content)
         assert list(RecordFile(path)) == [GOOD] * number
     for content in (text.encode("utf-16"), b"\x1f\x8b" + bytes(50)):
@@ -156,7 +163,8 @@ def archive():
         return file.getvalue()
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", archive(), "half", "other kind", "offsets"], ids=str)
+@pytest.mark.parametrize(
+    "damage", [b"", b"\x93NUMPY", archive(), "half", "other kind", "offsets"], ids=str)
 def test_a_damaged_index_is_made_anew(tmp_path, monkeypatch, damage):
     monkeypatch.setattr("sliming.data.SMALL", 0)
     path, index = tmp_path / "a.jsonl", tmp_path / "a.jsonl.index.npy"
@@ -166,8 +174,10 @@ def test_a_damaged_index_is_made_anew(tmp_path, monkeypatch, damage):
         index.write_bytes(index.read_bytes()[:-8])
     elif isinstance(damage, bytes):
         index.write_bytes(damage)
+    elif damage == "other kind":
+        np.save(index, whole.astype(float))
     else:
-        np.save(index, whole.astype(float) if damage == "other kind" else whole * [[1, 1], [1, -1], [1, 9]])
+        np.save(index, whole * [[1, 1], [1, -1], [1, 9]])
     assert list(RecordFile(path)) == [GOOD, GOOD]
     assert np.array_equal(np.load(index), whole)
 
@@ -209,11 +219,14 @@ def test_answers_are_appended_to_whole_lines(model, tmp_path):
     rows = [json.loads(line) for line in answers.read_bytes().split(b"\n")[:-1]]
     assert [row["question_id"] for row in rows] == [row["question_id"] for row in asked]
     with only_one(answers), refused(f"process {os.getpid()} is writing it"):
-        other = "import sys; from pathlib import Path; from sliming.guard import only_one; only_one(Path(sys.argv[1])).__enter__()"
-        done = subprocess.run([sys.executable, "-c", other, answers], cwd=ROOT, capture_output=True, text=True)
+        other = ("import sys; from pathlib import Path; from sliming.guard import only_one; "
+                 "only_one(Path(sys.argv[1])).__enter__()")
+        done = subprocess.run([sys.executable, "-c", other, answers], cwd=ROOT,
+                              capture_output=True, text=True)
         raise InputError(done.stderr.strip().splitlines()[-1])
-    for wrong in ({"question_id": [1]}, {"question_id": 1, "text": "?", "image": 7}, {"question_id": 9, "text": "\ud800"}):
-        questions.write_text(json.dumps({"text": "?", **wrong, **({} if "text" in wrong else {"question_id": [1]})}))
+    for wrong in ({"text": "?", "question_id": [1]}, {"text": "?", "question_id": 1, "image": 7},
+                  {"text": "\ud800", "question_id": 9}):
+        questions.write_text(json.dumps(wrong))
         answers.unlink(missing_ok=True)
         with refused("questions.jsonl, line 1: ", RecordError):
             answer_file(model, questions, tmp_path, answers, 2, max_new_tokens=2)
@@ -239,14 +252,15 @@ def test_the_context_is_not_exceeded_unnoticed(model):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("gamma", "much"), ("gamma", float("nan")), ("num_queries", 1e9), ("num_queries", True), ("vision_layer", 3),
-    ("router_score", "max"), ("slicing", None), ("expert", 2), ("separator_id", "x"), ("look_nearby", []),
-    ("vision_config", 7), ("template", "<b>"), ("llm_config", {}), ("llm_config", {"model_type": "no\nsuch"}),
+    ("gamma", "much"), ("gamma", float("nan")), ("num_queries", 1e9), ("num_queries", True),
+    ("vision_layer", 3), ("router_score", "max"), ("slicing", None), ("expert", 2),
+    ("separator_id", "x"), ("look_nearby", []), ("vision_config", 7), ("template", "<b>"),
+    ("llm_config", {}), ("llm_config", {"model_type": "no\nsuch"}),
     ("vision_config", {"hidden_size": "wide"}), ("look_nearby", {"colour": 1})])
 def test_settings_of_another_kind_name_the_file(saved, tmp_path, field, value):
     folder = copied(saved, tmp_path / "c", **{field: value})
-    with refused("c/config.json: cannot be used" + (f".*{field}" if field in ("gamma", "slicing", "expert") else ""),
-                 files.CheckpointError):
+    named = f".*{field}" if field in ("gamma", "slicing", "expert") else ""
+    with refused(f"c/config.json: cannot be used{named}", files.CheckpointError):
         SliME.from_pretrained(folder)
 
 
@@ -255,8 +269,9 @@ def test_every_template_is_known_to_the_settings():
         SliMEConfig(template=name).check()
 
 
-@pytest.mark.parametrize("name, content", [("tokenizer.json", "{"), ("tokenizer.json", '{"model": 7}'),
-                                           ("tokenizer_config.json", '{"tokenizer_class": [1]}')])
+@pytest.mark.parametrize("name, content", [
+    ("tokenizer.json", "{"), ("tokenizer.json", '{"model": 7}'),
+    ("tokenizer_config.json", '{"tokenizer_class": [1]}')])
 def test_tokenizers_that_cannot_be_read_name_the_file(saved, tmp_path, name, content):
     folder = copied(saved, tmp_path / "c")
     (folder / name).unlink()
@@ -274,7 +289,8 @@ def test_no_code_of_a_checkpoint_is_run(saved, tmp_path, monkeypatch):
         (folder / "code.py").write_text(bomb)
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "tokenizer_config.json").unlink()
-        settings |= {"auto_map": {"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]}, "tokenizer_class": "Own"}
+        settings |= {"auto_map": {"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]},
+                     "tokenizer_class": "Own"}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         try:
             SliME.from_pretrained(folder)
@@ -283,7 +299,8 @@ def test_no_code_of_a_checkpoint_is_run(saved, tmp_path, monkeypatch):
     words = tmp_path / "words"
     words.mkdir()
     (words / "code.py").write_text(bomb)
-    (words / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}))
+    (words / "config.json").write_text(json.dumps(
+        {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}))
     with refused("words/config.json: cannot be used"):
         SliME.from_backbones(SliMEConfig(vision="tiny", llm=str(words), vision_layer=-1))
     assert not (tmp_path / "ran").exists()
@@ -298,7 +315,8 @@ def test_names_stay_inside(saved, tmp_path):
     assert not list(victim.iterdir())
     folder = copied(saved, tmp_path / "index")
     (folder / "model.safetensors").rename(victim / "model.safetensors")
-    (folder / files.INDEX).write_text(json.dumps({"weight_map": {"a": "../victim/model.safetensors"}}))
+    index = {"weight_map": {"a": "../victim/model.safetensors"}}
+    (folder / files.INDEX).write_text(json.dumps(index))
     with refused("is not the name of a file beside it", files.CheckpointError):
         SliME.from_pretrained(folder)
 
@@ -310,7 +328,8 @@ def test_numbers_that_are_not_finite_are_neither_saved_nor_read(saved, tmp_path)
     with refused("adapter.w_gate holds numbers that are not finite", FloatingPointError):
         model.save_pretrained(tmp_path / "c")
     assert not list((tmp_path / "c").iterdir())
-    states = States(tmp_path / "states", model, torch.optim.AdamW([model.adapter.w_gate]), {}, keep=2)
+    optimizer = torch.optim.AdamW([model.adapter.w_gate])
+    states = States(tmp_path / "states", model, optimizer, {}, keep=2)
     states.save(1, 0)
     with refused("cannot save the state .adapter.w_gate/weight holds numbers"):
         states.settle()
@@ -320,13 +339,15 @@ def test_numbers_that_are_not_finite_are_neither_saved_nor_read(saved, tmp_path)
     tensors["llm.model.norm.weight"][3] = float("nan")
     (folder / "model.safetensors").unlink()
     save_file(tensors, folder / "model.safetensors")
-    with refused("d: llm.model.norm.weight holds numbers that are not finite", files.CheckpointError):
+    with refused("d: llm.model.norm.weight holds numbers that are not finite",
+                 files.CheckpointError):
         SliME.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("change, message", [
     ({"use_dora": True}, "use_dora is set"), ({"use_rslora": True}, "use_rslora is set"),
-    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is set"), ({"lora_alpha": None}, "lora_alpha is None, not a number"),
+    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is set"),
+    ({"lora_alpha": None}, "lora_alpha is None, not a number"),
     ({"r": 4}, "has rank 2, adapter_config.json says 4"), ("lone B", "has unknown 1 tensors"),
     ("another base", "belong to another base model")])
 def test_lora_folders_that_are_not_plain(saved, tmp_path, change, message):
@@ -346,7 +367,7 @@ def test_lora_folders_that_are_not_plain(saved, tmp_path, change, message):
 
 
 def test_weights_of_an_earlier_save_never_mix_with_new_ones(saved, tmp_path, monkeypatch):
-    """More shards, fewer, one file: what a save replaces goes, and a stray file is refused by name."""
+    """More shards, fewer, one file: what a save replaces goes; a stray file is refused by name."""
     model = SliME.from_pretrained(saved)
     for number, size in enumerate((1_000_000, 2_000_000, 5_000_000_000, 1_000_000)):
         monkeypatch.setattr(files, "SHARD", size)
@@ -366,19 +387,24 @@ def test_a_folder_that_holds_something_is_not_written(saved, tmp_path, monkeypat
     from sliming.checkpoints.__main__ import main
     (tmp_path / "mine").write_text("precious")
     monkeypatch.setattr(sys, "argv", ["checkpoints", how, str(saved), str(tmp_path)])
-    with refused("sliming.checkpoints: .* holds something already: choose another folder", SystemExit):
+    with refused("sliming.checkpoints: .* holds something already: choose another folder",
+                 SystemExit):
         main()
     assert os.listdir(tmp_path) == ["mine"]
 
 
 @posix
 def test_a_full_disk_names_the_file(saved, tmp_path):
-    script = ("import sys, resource, signal; from sliming.model import SliME; from sliming.guard import one_line\n"
-              "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); model = SliME.from_pretrained(sys.argv[1])\n"
+    script = ("import sys, resource, signal\n"
+              "from sliming.model import SliME; from sliming.guard import one_line\n"
+              "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+              "model = SliME.from_pretrained(sys.argv[1])\n"
               "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
               "with one_line('save'): model.save_pretrained(sys.argv[2])")
-    done = subprocess.run([sys.executable, "-c", script, saved, tmp_path / "c"], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr.count("\n") == 1 and "model.safetensors" in done.stderr and "save: [Errno" in done.stderr
+    done = subprocess.run([sys.executable, "-c", script, saved, tmp_path / "c"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.stderr.count("\n") == 1
+    assert "model.safetensors" in done.stderr and "save: [Errno" in done.stderr
     assert not list((tmp_path / "c").iterdir())
 
 
@@ -397,8 +423,8 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys, what):
     for step in (1, 2):
         states.save(step, 0)
         states.settle()
-    weights, progress = (tmp_path / "step-00000002" / name for name in ("rank-00000.safetensors", "progress.json"))
-    path = progress if what == "progress" else weights
+    name = "progress.json" if what == "progress" else "rank-00000.safetensors"
+    path = tmp_path / "step-00000002" / name
     content = bytearray(path.read_bytes())
     content[-20] ^= 4  # one bit
     path.write_bytes(b"" if what == "empty" else content)
@@ -420,10 +446,12 @@ def test_a_state_is_tensors_and_json(tmp_path):
     assert sorted(os.listdir(state)) == ["progress.json", "rank-00000.safetensors"]
     from safetensors.torch import load_file
     assert set(load_file(state / "rank-00000.safetensors")) == {
-        f"{name}/{what}" for name in ("weight", "bias") for what in ("weight", "step", "exp_avg", "exp_avg_sq")}
+        f"{name}/{what}" for name in ("weight", "bias")
+        for what in ("weight", "step", "exp_avg", "exp_avg_sq")}
     ran = tmp_path / "ran"
     (state / ".metadata").write_bytes(b"cbuiltins\nopen\n(V%b\nVw\ntR." % str(ran).encode())
-    (state / "progress.json").write_text(json.dumps({"step": 1, "skipped": 0, "config": {"seed": 1}}))
+    progress = {"step": 1, "skipped": 0, "config": {"seed": 1}}
+    (state / "progress.json").write_text(json.dumps(progress))
     assert look_at(state)[1] == "progress.json is damaged, or of another version"
     with refused("no state in it can be read"):
         states.restore()
@@ -469,7 +497,8 @@ def run(monkeypatch, capsys, folder, *flags, stopped=None):
 
 def test_never_discards_the_states_of_all_stages_at_once(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, capsys, tmp_path, stopped=("stage2", 2)) == "killed"
-    assert run(monkeypatch, capsys, tmp_path, "--resume", "never", stopped=("stage1", 2)) == "killed"
+    anew = ("--resume", "never")
+    assert run(monkeypatch, capsys, tmp_path, *anew, stopped=("stage1", 2)) == "killed"
     said = run(monkeypatch, capsys, tmp_path, "--stage", "1")
     assert "out/stage1: goes on at step 2" in said
     assert not (tmp_path / "out/stage2/resume").exists()
@@ -484,11 +513,13 @@ def test_a_run_goes_on_with_what_it_began_with_only(saved, tmp_path, monkeypatch
     assert run(monkeypatch, capsys, tmp_path, *flags, stopped=("stage3", 2)) == "killed"
     data_file.write_text(4 * (json.dumps({**GOOD, "id": "fool"}) + "\n"))
     said = run(monkeypatch, capsys, tmp_path, *flags).splitlines()[-1]
-    assert "is of a run with other flags or files (d.jsonl '" in said and "first weights" not in said
-    assert run(monkeypatch, capsys, tmp_path, *flags, "--resume", "never", stopped=("stage3", 2)) == "killed"
+    assert "is of a run with other flags or files (d.jsonl '" in said
+    assert "first weights" not in said
+    anew = (*flags, "--resume", "never")
+    assert run(monkeypatch, capsys, tmp_path, *anew, stopped=("stage3", 2)) == "killed"
     (tmp_path / "a").rename(tmp_path / "b")
-    moved = (*flags[:3], "b", *flags[4:])
-    assert run(monkeypatch, capsys, tmp_path, *moved, stopped=("stage3", 3)) == "killed"  # the same, elsewhere
+    moved = (*flags[:3], "b", *flags[4:])  # the same, elsewhere
+    assert run(monkeypatch, capsys, tmp_path, *moved, stopped=("stage3", 3)) == "killed"
     copied(saved, tmp_path / "c", gamma=0.5)
     said = run(monkeypatch, capsys, tmp_path, *flags[:3], "c", *flags[4:])
     assert "other flags or files (first weights '" in said
@@ -497,10 +528,11 @@ def test_a_run_goes_on_with_what_it_began_with_only(saved, tmp_path, monkeypatch
 def test_a_second_run_in_the_folder_is_refused(tmp_path, monkeypatch, capsys):
     """With the number of the first; the lock of one that was killed is void."""
     (tmp_path / "out").mkdir()
-    code = "from pathlib import Path; from sliming.guard import only_one\nwith only_one(Path('out')): print(1, flush=True); input()"
+    code = ("from pathlib import Path; from sliming.guard import only_one\n"
+            "with only_one(Path('out')): print(1, flush=True); input()")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    other = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"1\n"
         said = run(monkeypatch, capsys, tmp_path, "--stage", "1")
@@ -512,30 +544,35 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path, monkeypatch, capsys):
 
 
 @posix
-@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
+@pytest.mark.parametrize("number, workers",
+                         [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
 def test_a_signal_ends_with_a_state_and_what_to_type(tmp_path, number, workers):
-    command = [sys.executable, str(ROOT / "train.py"), "--stage", "1", "--max-steps", "300", "--batch-size", "2",
-               "--resume", "never", "--eval-questions", "0", "--workers", str(workers)]
+    command = [sys.executable, str(ROOT / "train.py"), "--stage", "1", "--max-steps", "300",
+               "--batch-size", "2", "--resume", "never", "--eval-questions", "0",
+               "--workers", str(workers)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, start_new_session=True)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
     rows = tmp_path / "out/stage1/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (rows.exists() and rows.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, number)  # as a terminal does, to the workers too
     _, error = process.communicate(timeout=60)
-    (line,) = [line for line in error.replace("\r", "\n").split("\n") if line and "step/s" not in line and "s/step" not in line
-               and "?" not in line]
+    (line,) = [line for line in error.replace("\r", "\n").split("\n") if line
+               and "step/s" not in line and "s/step" not in line and "?" not in line]
     assert process.returncode == 130 and line.startswith("train.py: stage 1 stopped with step ")
-    assert line.endswith("train.py --stage 1 --max-steps 300 --batch-size 2 --eval-questions 0 --workers " + str(workers))
+    assert line.endswith("train.py --stage 1 --max-steps 300 --batch-size 2 --eval-questions 0 "
+                         f"--workers {workers}")
     assert len(list(Path(tmp_path / "out/stage1/resume").glob("step-*"))) == 1
 
 
 def test_a_lost_rank_and_full_memory_get_one_line():
-    """What torch raises there is RuntimeError; any other one is this package's fault, and is shown whole."""
-    for error, message in ((RuntimeError("[gloo/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer"), "another rank"),
-                           (torch.OutOfMemoryError("CUDA out of memory. Tried"), "CUDA out of memory: lower the batch")):
+    """What torch raises there is RuntimeError; any other is this package's fault, shown whole."""
+    lost = "[gloo/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer"
+    for error, message in ((RuntimeError(lost), "another rank"),
+                           (torch.OutOfMemoryError("CUDA out of memory. Tried"),
+                            "CUDA out of memory: lower the batch")):
         with refused(f"x: .*{message}", SystemExit), one_line("x"):
             raise error
     with pytest.raises(RuntimeError, match="ours"), one_line("x"):
@@ -544,11 +581,14 @@ def test_a_lost_rank_and_full_memory_get_one_line():
 
 def test_a_checkpoint_brings_its_backbones(tmp_path, monkeypatch, capsys):
     said = run(monkeypatch, capsys, tmp_path, "--stage", "2", "--init-from", "a", "--llm", "b")
-    assert "train.py: --init-from brings vision tower and language model: leave --vision and --llm away" in said
+    assert ("train.py: --init-from brings vision tower and language model: "
+            "leave --vision and --llm away") in said
 
 
 def test_strict_data_with_workers_gets_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "d.json").write_text(json.dumps([{**GOOD, "id": "r\n9", "image": "no.png"}]))
-    said = run(monkeypatch, capsys, tmp_path, "--stage", "1", "--data", "d.json", "--strict-data", "--workers", "1")
+    said = run(monkeypatch, capsys, tmp_path, "--stage", "1", "--data", "d.json", "--strict-data",
+               "--workers", "1")
     assert [line for line in said.splitlines() if "r\\n9" in line] == said.splitlines()[-1:]
-    assert "Traceback" not in said and said.splitlines()[-1].startswith("train.py: record r\\n9: 0 <image> markers")
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("train.py: record r\\n9: 0 <image> markers")

@@ -1,4 +1,7 @@
-"""Whatever a stranger hands over: no traceback, no hang, one line, counted once. Seeded; `--fuzz 5000` for a night."""
+"""Whatever a stranger hands over: no traceback, no hang, one line, counted once.
+
+Seeded; `--fuzz 5000` for a night.
+"""
 
 import copy
 import importlib
@@ -108,9 +111,10 @@ def test_images(tmp_path, count):
 # ------------------------------------------------------------------------------------------ records
 
 
-ODD = [None, True, 0, -1, 1e308, float("nan"), "", " ", "<image>", "<im<image>age>", "\ud800", "\x1b[2J", "a\nb", "\u2028", "\0",
-       "..", "/", "../../etc/passwd", "x" * 3000, "</s>", "<|eot_id|>", [], {}, [[]], {"from": "human"}, "a.png", ["a.png"] * 3,
-       {"value": None}, "\u202e\u0600", 10**400, "word " * 3000, "<image>" * 50]
+ODD = [None, True, 0, -1, 1e308, float("nan"), "", " ", "<image>", "<im<image>age>", "\ud800",
+       "\x1b[2J", "a\nb", "\u2028", "\0", "..", "/", "../../etc/passwd", "x" * 3000, "</s>",
+       "<|eot_id|>", [], {}, [[]], {"from": "human"}, "a.png", ["a.png"] * 3, {"value": None},
+       "\u202e\u0600", 10**400, "word " * 3000, "<image>" * 50]
 
 
 def altered(rng, record):
@@ -136,7 +140,8 @@ def test_records(model, tmp_path, count):
     Image.new("RGB", (70, 90), "white").save(tmp_path / "a.png")
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "that"}]
     good = {"id": "g", "image": "a.png", "conversations": turns * 1}
-    words = {"id": "w", "conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "me"}] * 2}
+    talk = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "me"}]
+    words = {"id": "w", "conversations": talk * 2}
     lines = []
     for _ in range(count):
         line = json.dumps(altered(rng, rng.choice((good, words))), ensure_ascii=rng.random() < 0.5)
@@ -163,12 +168,15 @@ def test_records(model, tmp_path, count):
 def test_files_of_records(tmp_path, count):
     """Whole files: what can be read of them is read, or one line names the file."""
     rng, path, opened = random.Random(2), tmp_path / "a.json", 0
-    record = {"id": "w", "n": [1, {"a": "\"]}"}], "conversations": [{"from": "human", "value": "Gr\u00fc\u00dfe?"}]}
+    record = {"id": "w", "n": [1, {"a": "\"]}"}],
+              "conversations": [{"from": "human", "value": "Gr\u00fc\u00dfe?"}]}
+    reads = (lambda: list(elements(path)), lambda: len(RecordFile(path)),
+             lambda: list(RecordFile(path)))
     for number in range(count):
         text = json.dumps([record] * 3, indent=rng.choice((None, 1)), ensure_ascii=False).encode()
-        text = rng.choice((b"", b"\xef\xbb\xbf", b" \n" * 3000)) + spoiled(rng, text, [b"[]", b"1e999", b"[" * 3000])
-        path.write_bytes(text)
-        for read in (lambda: list(elements(path)), lambda: len(RecordFile(path)), lambda: list(RecordFile(path))):
+        start = rng.choice((b"", b"\xef\xbb\xbf", b" \n" * 3000))
+        path.write_bytes(start + spoiled(rng, text, [b"[]", b"1e999", b"[" * 3000]))
+        for read in reads:
             with in_time(f"file {number}"):
                 try:
                     read()
@@ -180,10 +188,13 @@ def test_files_of_records(tmp_path, count):
 
 # -------------------------------------------------------------------------------------------- flags
 
-PROGRAMS = {"train": [], "sample": [], "sliming.evaluation.run": [], "sliming.tiny.__main__": ["--picture", "x"],
-            "sliming.checkpoints.__main__": ["--merge", "a", "b"], "sliming.smr.build": ["build", "dvqa", "x", "--out", "y"]}
-WORDS = ["", " ", "x", "-1", "0", "1", "2", "0.5", "1e3", "-0.0", "1e12", "1e400", "nan", "inf", "-inf", "1,5", "0x10", "10" * 40,
-         "\u0663", "a\nb\x1b[31m", "None", "True", "[1]", "1" * 5000]
+PROGRAMS = {"train": [], "sample": [], "sliming.evaluation.run": [],
+            "sliming.tiny.__main__": ["--picture", "x"],
+            "sliming.checkpoints.__main__": ["--merge", "a", "b"],
+            "sliming.smr.build": ["build", "dvqa", "x", "--out", "y"]}
+WORDS = ["", " ", "x", "-1", "0", "1", "2", "0.5", "1e3", "-0.0", "1e12", "1e400", "nan", "inf",
+         "-inf", "1,5", "0x10", "10" * 40, "\u0663", "a\nb\x1b[31m", "None", "True", "[1]",
+         "1" * 5000]
 
 
 def parser_of(name, monkeypatch):
@@ -209,7 +220,7 @@ def parser_of(name, monkeypatch):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_flags(name, monkeypatch, capsys):
-    """Every flag with every odd word, and just inside and outside its range: a value in the range, or one line."""
+    """Every odd word, and numbers just inside and outside: a value in the range, or one line."""
     parser, actions = parser_of(name, monkeypatch)
     for action in actions:
         if not action.option_strings or action.nargs == 0 or action.dest == "help":
@@ -218,11 +229,14 @@ def test_flags(name, monkeypatch, capsys):
         assert action.type not in (int, float), f"{flag} has no range"
         kind, low, high, above = getattr(action.type, "range", (str, None, None, None))
         if kind is not str:
-            words += [str(kind(low)), str(low - 1), *([str(kind(high)), str(high + 1)] if high < 1e300 else [])]
+            words += [str(kind(low)), str(low - 1)]
+            if high < 1e300:
+                words += [str(kind(high)), str(high + 1)]
         for word in words:
             with in_time(f"{flag} {word[:20]}"):
                 try:
-                    value = getattr(parser.parse_args([*PROGRAMS[name], f"{flag}={word}"]), action.dest)
+                    given = parser.parse_args([*PROGRAMS[name], f"{flag}={word}"])
+                    value = getattr(given, action.dest)
                 except SystemExit as stop:
                     (line,) = capsys.readouterr().err.splitlines()
                     assert stop.code == 2 and plain(line) == line and flag in line, line

@@ -1,4 +1,4 @@
-"""The second way of resizing: nearly Pillow's pixels, same grid, JPEG files as large as needed."""
+"""The second way of resizing: nearly Pillow's pixels, its grid, JPEGs no larger than needed."""
 
 import numpy as np
 import pytest
