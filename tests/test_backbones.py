@@ -58,10 +58,10 @@ def test_buffers_keep_their_precision(model, tmp_path, door):
     """Rotary frequencies, positions, pixel statistics: whatever the way into a model in bfloat16,
     they are as in float32."""
     if door == "sharded":
-        context = multiprocessing.get_context("fork")  # without new processes' seconds of imports
+        context = multiprocessing.get_context("spawn")  # a fork of OpenMP's threads would hang
         results = context.Queue()
-        processes = [context.Process(target=sharded, args=(rank, tmp_path / "store", results))
-                     for rank in range(2)]
+        processes = [context.Process(target=sharded, args=(rank, tmp_path / "store", results),
+                                     daemon=True) for rank in range(2)]
         for process in processes:
             process.start()
         found = [results.get(timeout=100) for _ in range(4)]
