@@ -165,7 +165,7 @@ class Segments:
         starts = [0, *accumulate(self.rooms)]
         bounds = [0, *accumulate(lengths), *starts, *self.keys]
         places = [np.arange(end - new, end) for new, end in zip(lengths, self.keys, strict=True)]
-        rows = [place + start for place, start in zip(places, starts, strict=False)]
+        rows = [place + start for place, start in zip(places, starts[:-1], strict=True)]
         packed = torch.from_numpy(np.concatenate([bounds, *places, *rows]))
         if torch.device(device).type == "cuda":
             packed = packed.pin_memory()
