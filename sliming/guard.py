@@ -166,7 +166,7 @@ def deaf(worker: int = 0) -> None:
     def obey(parent: int = os.getppid()) -> None:
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
             pass
-        os._exit(1)
+        os._exit(0)  # asked to, and no failure
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

@@ -567,6 +567,14 @@ def test_a_signal_ends_with_a_state_and_what_to_type(tmp_path, number, workers):
     assert len(list(Path(tmp_path / "out/stage1/resume").glob("step-*"))) == 1
 
 
+@posix
+def test_workers_end_quietly_with_their_program(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--stage", "1", "--max-steps",
+                           "2", "--batch-size", "2", "--eval-questions", "0", "--workers", "1",
+                           "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+
+
 def test_a_lost_rank_and_full_memory_get_one_line():
     """What torch raises there is RuntimeError; any other is this package's fault, shown whole."""
     lost = "[gloo/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer"
