@@ -48,6 +48,17 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def first_choice(monkeypatch, request):
+    """On a GPU each case compiles one choice of those that tuning compares; one test, all."""
+    if DEVICE != "cuda" or request.node.originalname == "test_every_choice_of_tuning":
+        return
+    for kernel in (kernels.forward_kernel, kernels.dq_kernel):
+        monkeypatch.setattr(kernel, "early_config_prune",
+                            lambda *args, **more: kernels.suited(*args, **more)[:1])
+    monkeypatch.setattr(kernels.dkdv_kernel, "configs", kernels.dkdv_kernel.configs[:1])
+
+
 def make(B, H, Nq, L, Dh, dtype, scale=1.0, bias=True):
     """q, k, v, key bias and out's gradient; k and v are views of [B, L, H*Dh], as projected."""
     torch.manual_seed(B + H + Nq + L + Dh)
@@ -101,6 +112,12 @@ def same(results, others, bound=1e-5):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_every_gradient(shape, dtype):
     leaves, dout = make(*shape, dtype)
+    compare(leaves, dout, lambda *args: query_attention(*args, attention="triton"))
+
+
+@launches
+def test_every_choice_of_tuning():
+    leaves, dout = make(2, 1, 144, 100, 128, torch.bfloat16)
     compare(leaves, dout, lambda *args: query_attention(*args, attention="triton"))
 
 

@@ -3,7 +3,8 @@ the whole query former, on crops of 24 x 24 patches.
 
 Before each timing, output and gradients are compared with those of the plain form in float32. FLOP
 and bytes are those of fused_attention.py and qformer.py for every method, so that TFLOP/s and TB/s
-order as times do.
+order as times do. On a GPU times are the device's alone, its queue kept full; "launched" is both
+passes as an idle GPU gets them, which on few crops waits for the host.
 
 Legend: B crops, L patches of a crop, Nq queries, D channels, H heads of Dh. A bare attention takes
 q [H, Nq, Dh], the same for every crop, and k, v [B, H, L, Dh], and gives [B, Nq, D].
@@ -78,8 +79,10 @@ def under(backend: SDPBackend, run: Callable) -> Callable:
     return held
 
 
-def peers(device: torch.device, former: QueryFormer) -> tuple[dict, dict, list[str]]:
-    """-> bare attentions (q, k, v), whole query formers (x), what does not run here, and why."""
+def peers(device: torch.device, former: QueryFormer,
+          compiled: bool = True) -> tuple[dict, dict, list[str]]:
+    """-> bare attentions (q, k, v), whole query formers (x), what does not run here, and why.
+    Without `compiled`, none that torch.compile takes its time for."""
     def whole(choice: str) -> QueryFormer:
         module = copy.copy(former)                     # the same parameters
         module.attention = choice
@@ -103,6 +106,8 @@ def peers(device: torch.device, former: QueryFormer) -> tuple[dict, dict, list[s
         backend = getattr(SDPBackend, f"{name.upper()}_ATTENTION")
         bare[f"SDPA {name}"] = under(backend, sdpa)
         formers[f"straightforward, SDPA {name}"] = under(backend, plain)
+    if not compiled:
+        return bare, formers, []
     bare["released way, compiled"] = torch.compile(repeated_weights)
     bare["SDPA, compiled"] = torch.compile(sdpa)
     bare["flex_attention, compiled"] = torch.compile(expanded(flex_attention))
@@ -116,9 +121,11 @@ def peers(device: torch.device, former: QueryFormer) -> tuple[dict, dict, list[s
 
 
 def results(run: Callable, inputs: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor]:
-    """Output of `run(*inputs)`, and the gradients of `leaves` for a fixed one of the output."""
+    """Output of `run(*inputs)`, and the gradients of `leaves` for a fixed one of the output: noise,
+    as a smooth one is nearly constant over the channels, and LN_post's backward cancels that."""
     out = run(*inputs)
-    cotangent = torch.linspace(0, 99, out.numel(), device=out.device).cos().view_as(out)
+    generator = torch.Generator(out.device).manual_seed(0)
+    cotangent = torch.randn(out.shape, generator=generator, device=out.device).bfloat16()
     return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
 
 
@@ -187,37 +194,41 @@ def peak_bytes(run: Callable, inputs: tuple[Tensor, ...], leaves: list[Tensor]) 
 
 def measure(methods: dict[str, Callable], inputs: tuple[Tensor, ...], leaves: list[Tensor],
             former: QueryFormer) -> dict[str, dict]:
-    """method -> median ms of the forward pass and of both, MB kept between the two, peak MB."""
+    """method -> median ms of the forward pass and of both, MB kept between the two, peak MB; on a
+    GPU also ms of both as they are launched."""
     device = inputs[0].device
-    repeats = 50 if device.type == "cuda" else 11
+    cuda = device.type == "cuda"
     cotangent = torch.randn_like(next(iter(methods.values()))(*inputs))
-    forward = medians_ms({name: partial(run, *inputs) for name, run in methods.items()}, device,
-                         repeats)
-    both = medians_ms({name: lambda run=run: torch.autograd.grad(run(*inputs), leaves, cotangent)
-                       for name, run in methods.items()}, device, repeats)
-    return {name: {"forward": forward[name], "both": both[name],
-                   "kept": kept_bytes(run, inputs, former) / 1e6,
+    forward = {name: partial(run, *inputs) for name, run in methods.items()}
+    both = {name: lambda run=run: torch.autograd.grad(run(*inputs), leaves, cotangent)
+            for name, run in methods.items()}
+    rows = {name: {"kept": kept_bytes(run, inputs, former) / 1e6,
                    "peak": peak_bytes(run, inputs, leaves) / 1e6} for name, run in methods.items()}
+    for part, calls in (("forward", forward), ("both", both), ("launched", both))[:2 + cuda]:
+        queued = cuda and part != "launched"
+        for name, ms in medians_ms(calls, device, 15 if cuda else 11, queued=queued).items():
+            rows[name][part] = ms
+    return rows
 
 
-def attention(device: torch.device, out: Path, sizes: list[tuple[int, int]] | None = None,
-              crop_counts: tuple[int, ...] | None = None) -> None:
-    """Prints tables, saves `out`/attention.png. `sizes`: pairs (D, Nq)."""
+def attention(device: torch.device, out: Path,
+              shapes: list[tuple[int, int, tuple[int, ...]]] | None = None) -> None:
+    """Prints tables, saves `out`/attention.png of the first of `shapes`: (D, Nq, numbers of
+    crops)."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     cuda, patches = device.type == "cuda", 576
     dtype = torch.bfloat16 if cuda else torch.float32
-    sizes = sizes or ([(d, n) for d in (1024, 1280) for n in (64, 144, 196, 576)] if cuda
-                      else [(1024, 144)])
-    crop_counts = crop_counts or ((1, 8, 64, 192, 512) if cuda else (1, 8))
+    shapes = shapes or ([(1024, 144, (8, 64, 192, 512, 1)), (1024, 64, (64,)), (1024, 196, (64,)),
+                         (1024, 576, (64,)), (1280, 144, (64,))] if cuda
+                        else [(1024, 144, (1, 8))])
     bandwidth = copy_bandwidth(device)
     print(f"{str(dtype).removeprefix('torch.')}, L = {patches}; copying moves "
           f"{bandwidth / 1e12:.3f} TB/s")
     times, missing = {}, {}
-    for dim, queries in sizes:
-        torch.compiler.reset()
+    for dim, queries, crop_counts in shapes:
         former = cast(QueryFormer(dim, queries), dtype).to(device)
-        bare, formers, skipped = peers(device, former)
+        bare, formers, skipped = peers(device, former, compiled=len(crop_counts) > 1)
         missing |= dict.fromkeys(skipped)
         for crops in crop_counts:
             for what, inputs, leaves, expected in cases(former, crops, patches):
@@ -237,7 +248,8 @@ def attention(device: torch.device, out: Path, sizes: list[tuple[int, int]] | No
                                                     for name, row in rows.items()}
     for line in missing:
         print(f"not run: {line}")
-    plot(times, device_line(device), out / "attention.png")
+    plot({key: row for key, row in times.items() if key[1:3] == shapes[0][:2]}, device_line(device),
+         out / "attention.png")
 
 
 # ------------------------------------------------------------------------------------- table, plot
@@ -253,12 +265,14 @@ def report(what: str, place: str, rows: dict[str, dict], shape: tuple[int, int, 
     moved = {"forward": 2 * patches + n, "both": 8 * patches + 4 * n}  # vectors of D, per crop
     ours = min(row["both"] for name, row in rows.items() if name.startswith("sliming"))
     header = ["method", "fwd ms", "bwd ms", "both ms", "/ ours", "TFLOP/s", "kept MB", "peak MB"]
+    launched = "launched" in rows[next(iter(rows))]
+    header += ["launched ms"] * launched
     lines = []
     for name, row in sorted(rows.items(), key=lambda item: item[1]["both"]):
         both = row["both"]
         line = [name, f"{row['forward']:.3f}", f"{both - row['forward']:.3f}", f"{both:.3f}",
                 f"{both / ours:.2f}", f"{flop / both / 1e9:.3f}", f"{row['kept']:.1f}",
-                f"{row['peak']:.1f}"]
+                f"{row['peak']:.1f}", *([f"{row['launched']:.3f}"] if launched else [])]
         if bare:
             forward, both = (crops * dtype.itemsize * d * count / (1e-3 * row[part])
                              for part, count in moved.items())

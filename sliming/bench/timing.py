@@ -29,17 +29,21 @@ def median_ms(run: Callable[[], object], device: torch.device, repeats: int = 20
 
 
 def medians_ms(runs: dict[str, Callable[[], object]], device: torch.device, repeats: int = 20,
-               warmup: int = 3) -> dict[str, float]:
+               warmup: int = 3, queued: bool = False) -> dict[str, float]:
     """Median milliseconds of one call of each of `runs`: CUDA events on a GPU, the clock on a CPU.
 
     They take turns, so that whatever else the machine does meets all of them alike; warm-up calls
-    are not counted.
+    are not counted. `queued`: the GPU is kept busy while the host launches, so that the time is the
+    device's alone.
     """
     times = {name: [] for name in runs}
+    work = torch.ones(8192, 8192, device=device, dtype=torch.bfloat16) if queued else None
     for turn in range(warmup + repeats):
         for name, run in runs.items():
             if device.type == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                for _ in range(6 * queued):            # 1.4 ms each on an H200, at least
+                    work @ work
                 start.record()
                 run()
                 end.record()

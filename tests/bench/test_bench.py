@@ -61,7 +61,7 @@ def test_peers_of_a_gpu_compute_the_same_and_wrong_results_are_refused(monkeypat
 
 def test_attention_prints_tables_and_saves_a_plot(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(attention, "copy_bandwidth", lambda device: 1e10)
-    attention.attention(CPU, tmp_path / "new", sizes=[(32, 4)], crop_counts=(1, 2))
+    attention.attention(CPU, tmp_path / "new", [(32, 4, (1, 2))])
     text = capsys.readouterr().out
     assert text.count("attention: Nq 4, D 32") == text.count("query former: Nq 4, D 32") == 2
     assert "wrong" not in text and "not run: sliming, triton: needs a CUDA device" in text
