@@ -570,7 +570,7 @@ def test_a_signal_ends_with_a_state_and_what_to_type(tmp_path, number, workers):
 @posix
 def test_workers_end_quietly_with_their_program(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--stage", "1", "--max-steps",
-                           "2", "--batch-size", "2", "--eval-questions", "0", "--workers", "1",
+                           "2", "--batch-size", "2", "--eval-questions", "0", "--workers", "2",
                            "--out", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
 
