@@ -7,6 +7,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "SLIMING_TEST_GPU" not in os.environ:  # tests and all their children run on the CPU, always
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+# Before torch, which reads how its threads are to wait.
+import sliming  # noqa: F401  # isort: skip
+
 import pytest
 import torch
 

@@ -9,6 +9,10 @@
     python -m sliming.bench --what memory           of each preset, on paper
     python -m sliming.bench --what gpu              all that a GPU can tell, in nine minutes
     python -m sliming.bench --what busy             two trainings at once
+    python -m sliming.bench --what resizing         pictures to views, by how they are resized
+    python -m sliming.bench --what features         a step on pixels, and on features of the tower
+    python -m sliming.bench --what answers          questions a second, one by one and in batches
+    python -m sliming.bench --what starting         seconds until a program does something
 """
 
 import argparse
@@ -18,7 +22,7 @@ from pathlib import Path
 from sliming.config import Parser
 
 SUBJECTS = ("attention", "router", "preprocessing", "inference", "train", "data", "memory", "busy",
-            "gpu")
+            "gpu", "resizing", "features", "answers", "starting")
 
 
 def main() -> None:
@@ -36,6 +40,7 @@ def main() -> None:
         data,
         gpu,
         inference,
+        laptop,
         memory,
         router,
         training,
@@ -44,7 +49,8 @@ def main() -> None:
     from sliming.distributed import rank_device
     device = rank_device()
     measures = (attention.attention, router.router, data.preprocessing, inference.inference,
-                training.train, data.data, memory.memory, busy.busy, gpu.gpu)
+                training.train, data.data, memory.memory, busy.busy, gpu.gpu,
+                laptop.resizing, laptop.features, laptop.answers, laptop.starting)
     measure = dict(zip(SUBJECTS, measures, strict=True))[arguments.what]
     print(device_line(device), flush=True)
     try:

@@ -104,8 +104,8 @@ def test_two_trainings_have_the_setting_that_their_row_names(tmp_path, capsys, m
     pool.submit = submit
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     monkeypatch.setattr(busy, "own_process", lambda: pool)
-    busy.busy(CPU, tmp_path, ({}, {"GOMP_SPINCOUNT": "5"}), steps=3, repeats=1)
-    assert seen == [(count, steps) for count in (None, "5") for steps in (1, 3, 1, 1, 3, 3)]
+    busy.busy(CPU, tmp_path, ({"GOMP_SPINCOUNT": "9"}, {"GOMP_SPINCOUNT": "5"}), 3, 1)
+    assert seen == [(count, steps) for count in ("9", "5") for steps in (1, 3, 1, 1, 3, 3)]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.split() == ["GOMP_SPINCOUNT=5", "6.0", "1.00", "6.0", "1.00"]
 
