@@ -6,10 +6,12 @@
     MATH-Vision  test.jsonl, testmini.jsonl, an entry a line    mathvision-cuhk/MATH-V
 
 `records.elements` and `records.lines` stream a file; each function here takes one entry of it.
-Text stays as the source has it. An entry that cannot be used raises RecordError: one line that
+Text stays as the source has it, as answers are scored by it; `as_meant` is for what is shown of
+MATH-Vision's. An entry that cannot be used raises RecordError: one line that
 names the entry and the field.
 """
 
+import re
 from dataclasses import dataclass
 
 from sliming.records import RecordError
@@ -70,6 +72,31 @@ def math_vision(key: object, entry: object) -> Row:
         place = place_of(key, LETTERS.find(answer) if len(answer) == 1 else answer, options)
         answer = options[place]
     return Row(str(key), question, options, answer, place, image, entry)
+
+
+# LaTeX commands whose names begin with n, which a literal \n may be the beginning of.
+N_COMMANDS = ("(?:abla|atural|e|earrow|eg|eq|ewline|exists|geq|i|leq|mid|onumber|ormalsize|ot|otin|"
+              "parallel|u|warrow)")
+
+
+def as_meant(*texts: str) -> list[str]:
+    r"""The texts of one of MATH-Vision's problems as they were meant: line breaks for its literal
+    \n, and the backslash of a \frac of which its JSON makes a form feed.
+
+    The mark <image1> of its only image goes. Several are captions in its one picture, and so are
+    named: image 2.
+    """
+    lone, made = len(set(re.findall(r"<image\d+>", " ".join(texts)))) == 1, []
+    for text in texts:
+        # Two backslashes before the n: one of them ends a row of LaTeX.
+        text = re.sub(rf"(\\*)\\n(?!{N_COMMANDS}(?![A-Za-z]))",
+                      lambda match: "\\\\\n" if match[1] else "\n", text.replace("\f", r"\f"))
+        if lone:
+            text = re.sub(r"[ \t]*\n?<image\d+>(?=(\w?))", lambda match: " " * len(match[1]), text)
+        text = re.sub(r"<image(\d+)>(?=(<?))",
+                      lambda match: f"image {match[1]}" + " " * len(match[2]), text)
+        made.append(text.strip())
+    return made
 
 
 # ------------------------------------------------------------------------------ fields of an entry

@@ -55,7 +55,8 @@ class MathVision(Benchmark):
             row = formats.math_vision(key, entry)
             shown = row.options == list(LETTERS[:len(row.options)])  # the options, in the picture
             context = {name: entry.get(name) for name in self.by}
-            yield Question(row.id, self.ask(row.question, () if shown else row.options, "({}) {}"),
+            text, *options = formats.as_meant(row.question, *row.options)
+            yield Question(row.id, self.ask(text, () if shown else options, "({}) {}"),
                            [(row.image, PurePosixPath(row.image).name)], row.letter or row.answer,
                            {**context, "id": row.id, "options": row.options})
 

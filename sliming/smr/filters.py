@@ -82,7 +82,7 @@ NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twe
 CONCLUSION = (r"(?:answer is|answer:|故选)\s*[:：]?\s*(?:option\s*)?\(?([A-H])"
               r"(?=\s*(?:[.):,;。，]|$))")
 BRACED = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
-UNIT = r"(?: ?[a-zA-Z]+ ?\d?)?"
+UNIT = r"(?: ?(?!and |or )[a-zA-Z]+ ?\d?)?"
 
 
 def plain(text: str) -> str:
@@ -141,24 +141,27 @@ def conclude(candidate: Candidate) -> tuple[str, str]:
 
     Reasoning must have the gold answer among its last characters, or a formula of its value. Over
     options it may have none of them (`yes` and `no` are rarely spelled out), but not another one,
-    and a letter that it concludes with must be the gold one.
+    unless it rules out all three or more of them, or gold stands for others ("all of these"). A
+    letter that it concludes with must be the gold one.
     """
     answer, gold = candidate.answer.rstrip(), candidate.gold
-    tail = plain(answer)[-TAIL:]
+    solution = re.split(r"[(\[]Alternatively\b", answer)[0]  # a second one, behind the answer
+    tail = plain(solution)[-TAIL:]
     closed = f"{answer}\n{candidate.closing}"
     if candidate.letter and (said := re.findall(CONCLUSION, tail)):
         if said[-1] != candidate.letter:
             return "", f"it concludes with {said[-1]}, the answer is {candidate.letter}"
         return answer, ""
-    if stands_in(plain(gold), tail) or comes_to(gold, answer):
+    if stands_in(plain(gold), tail) or comes_to(gold, solution):
         return closed if candidate.always or gold not in answer[-TAIL:] else answer, ""
     if not candidate.letter:
         return "", f"the answer {gold[:60]!r} is not at its end"
-    for text in candidate.others:
-        spelled_out = text.lower() not in ("yes", "no", "true", "false")
-        if spelled_out and stands_in(plain(text), tail):
-            return "", f"it ends in {text[:60]!r}, the answer is {gold[:60]!r}"
-    return closed, ""
+    named = [text for text in candidate.others if stands_in(plain(text), tail)
+             and text.lower() not in ("yes", "no", "true", "false")]
+    ruled_out = len(named) == len(candidate.others) > 2
+    if not named or ruled_out or re.match(r"(?:all|any|both|either)\b", gold.lower()):
+        return closed, ""
+    return "", f"it ends in {named[0][:60]!r}, the answer is {gold[:60]!r}"
 
 
 def judge_text(item: Candidate | Drop) -> tuple[str, Drop | None]:

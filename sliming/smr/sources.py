@@ -117,20 +117,19 @@ def math_vision(folder: Path, selection: Selection) -> Found:
     def make(number: int, entry: dict) -> Candidate:
         row = formats.math_vision(number, entry)
         name, image = f"math-vision-{row.id}", inside(folder, row.image)
-        question, gold = unescaped(row.question), unescaped(row.answer)
-        options, letters = [*map(unescaped, row.options)], list(LETTERS[:len(row.options)])
+        asked, gold, solution, *options = formats.as_meant(
+            row.question, row.answer, entry.get("solution") or "", *row.options)
+        letters = list(LETTERS[:len(options)])
         bare = [option.strip("(). ") for option in options] == letters  # they are in the picture
         fields = right(letters if bare else options, row.place) or {"gold": gold}
-        # Several pictures of a problem are one image, in which each bears its mark. One has none.
-        asked = question if "<image2>" in question else re.sub(r"[ \t]*\n?<image1>", "", question)
-        prompt = asked.strip() + ("" if bare else lettered(options, "({}) {}"))
+        prompt = asked + ("" if bare else lettered(options, "({}) {}"))
         said = row.letter or gold
-        solution = re.sub(r"!\[[^\]]*\]\([^)]*\)|\[asy\].*?\[/asy\]", "",
-                          unescaped(entry.get("solution") or ""), flags=re.DOTALL).strip()
+        pictures = r"!\[[^\]]*\]\([^)]*\)|\[asy\].*?\[/asy\]"
+        solution = re.sub(pictures, "", solution, flags=re.DOTALL).strip()
         if not solution:
-            return Candidate(name, image, question, f"{prompt}\n{SINGLE_WORD}", said, **fields)
-        return Candidate(name, image, question, prompt, solution, **fields, always=bool(options),
-                         closing=f"So the answer is {said}.")
+            return Candidate(name, image, row.question, f"{prompt}\n{SINGLE_WORD}", said, **fields)
+        return Candidate(name, image, row.question, prompt, solution, **fields,
+                         always=bool(options), closing=f"So the answer is {said}.")
 
     mini = folder / "data" / "testmini.jsonl"
     if not mini.exists():
@@ -144,20 +143,6 @@ def math_vision(folder: Path, selection: Selection) -> Found:
                 selection.passed_over["in testmini (evaluation)"] += 1
             else:
                 yield guarded(f"math-vision-line-{number}", make, number, entry)
-
-
-# LaTeX commands whose names begin with n, which a literal \n may be the beginning of.
-N_COMMANDS = ("(?:abla|atural|e|earrow|eg|eq|ewline|exists|geq|i|leq|mid|onumber|ormalsize|ot|otin|"
-              "parallel|u|warrow)")
-
-
-def unescaped(text: str) -> str:
-    r"""MATH-Vision's text as it was meant: line breaks for its literal \n, and the backslash of a
-    \frac of which its JSON makes a form feed."""
-    text = text.replace("\f", r"\f")
-    # Two backslashes before the n: one of them ends a row of LaTeX.
-    return re.sub(rf"(\\*)\\n(?!{N_COMMANDS}(?![A-Za-z]))",
-                  lambda match: "\\\\\n" if match[1] else "\n", text).strip()
 
 
 # ------------------------------------------------------ ArxivQA, TextbookQA, GeoQA, Geometry3K

@@ -249,7 +249,7 @@ def test_mathematics_and_free_answers(tmp_path):
         {**row, "id": "6", "options": ["$1$", "2"], "level": 3}], lines=True)
     questions = read_questions("mathvision", data)
     assert [question.prompt for question in questions] == \
-        [f"How many?\n<image1>\n{WORD}", f"Which?\n{WORD}", f"Which?\n(A) $1$\n(B) 2\n{WORD}"]
+        [f"How many?\n{WORD}", f"Which?\n{WORD}", f"Which?\n(A) $1$\n(B) 2\n{WORD}"]
     assert questions[2].context == {"id": "6", "options": ["$1$", "2"], "subject": "algebra",
                                     "level": 3}
     assert [question.references for question in questions] == ["6", "B", "B"]
