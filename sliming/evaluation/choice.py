@@ -166,7 +166,7 @@ class MMMU(Benchmark):
     def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """The validation set's .parquet files (or their folder), or the same rows as JSON."""
         for row in load_rows(path):
-            key, text, kind = need(row, "id", "question", "question_type")
+            key, question, kind = need(row, "id", "question", "question_type")
             options, answer = row.get("options") or [], row.get("answer")
             choice, context = kind == "multiple-choice", {"id": key}
             try:
@@ -183,8 +183,8 @@ class MMMU(Benchmark):
                 if image is not None:
                     images.append(image if isinstance(image, bytes) else (image,))
             if choice:
-                context["index2ans"] = dict(zip(LETTERS, options, strict=False))
-            prompt = self.ask(text, options if choice else (), "({}) {}",
+                context["index2ans"] = {LETTERS[at]: text for at, text in enumerate(options)}
+            prompt = self.ask(question, options if choice else (), "({}) {}",
                               self.form if choice else self.open_form)
             yield Question(key, prompt, images, answer, context)
 

@@ -104,8 +104,8 @@ class Benchmark:
     def ask(self, text: str, options: Iterable[str] = (), mark: str = "{}. {}",
             form: str | None = "") -> str:
         """A prompt: text, options and, unless the text ends so already, the response format."""
-        options = [mark.format(*pair) for pair in zip(LETTERS, options, strict=False)]
-        text, form = "\n".join([text, *options]), self.form if form == "" else form
+        text = "\n".join([text, *map(mark.format, LETTERS, options)])
+        form = self.form if form == "" else form
         return text if form is None or text.endswith(form) else f"{text}\n{form}"
 
     def second(self, path: Path, truth: Path | None) -> Path:

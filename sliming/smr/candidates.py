@@ -109,8 +109,8 @@ def options_of(given: object) -> list[str]:
     if not isinstance(given, list) or not 2 <= len(given) <= len(LETTERS):
         raise RecordError(f"options must be a list of 2 to 26 texts, not {str(given)[:60]!r}")
     options = [str(text).strip() for text in given]
-    matches = [re.match(rf"\(?{letter}\s*[).:]\s*(.*)", text, re.DOTALL)
-               for letter, text in zip(LETTERS, options, strict=False)]
+    matches = [re.match(rf"\(?{LETTERS[at]}\s*[).:]\s*(.*)", text, re.DOTALL)
+               for at, text in enumerate(options)]
     return [match[1].strip() for match in matches] if all(matches) else options
 
 
