@@ -19,8 +19,6 @@ from sliming.evaluation.formats import LETTERS
 from sliming.evaluation.question import Benchmark, Question, load, load_rows, need, ratio, split
 from sliming.records import RecordError
 
-# -------------------------------------------------------------------------------------- MMBench
-
 EMPTY = (None, "", "nan")
 MARKS = [("", ""), ("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."),
          (":", ""), (":", ","), (":", "."), (":", ")"), (":", ").")]  # before and after a letter
@@ -98,9 +96,6 @@ class MMBenchCN(MMBench):
 
     name, column, data = "mmbench_cn", "MMB-C", "mmbench_dev_cn_20231003.tsv"
     form = "请直接回答选项字母。"
-
-
-# ----------------------------------------------------------------------------------------- MMMU
 
 
 def mmmu_letter(prediction: str, choices: dict[str, str]) -> str | None:
@@ -208,9 +203,6 @@ class MMMU(Benchmark):
         opened = split(sums["open"]) if "open" in sums else [np.zeros_like(n)] * 2
         return {"n": n, "correct": right, "acc": ratio(right, n), "open_correct": opened[0],
                 "n_open": opened[1], "table": {self.column: 100 * ratio(right, n)}}
-
-
-# ------------------------------------------------------------------------------------ ScienceQA
 
 
 def scienceqa_letter(prediction: str) -> str:

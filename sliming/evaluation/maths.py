@@ -11,8 +11,6 @@ from sliming.evaluation.formats import LETTERS
 from sliming.evaluation.latex import plain_math, same_value
 from sliming.evaluation.question import Benchmark, Question, entries, load, load_rows, need, number
 
-# ----------------------------------------------------------------------------------- MathVision
-
 FLAGS = [first + phrase for phrase in (
     "he final answer is", "he answer is", "he correct answer is", "he answer should be")
     for first in "tT"]
@@ -67,9 +65,6 @@ class MathVision(Benchmark):
         answer, options = mathvision_answer(prediction), context.get("options")
         value = options[LETTERS.index(references)] if options else ""
         return float(same_value(references, answer) or same_value(value, answer))
-
-
-# ------------------------------------------------------------------------------------ MathVista
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -164,9 +159,6 @@ class MathVista(Benchmark):
                 for row in rows}
 
 
-# ------------------------------------------------------------------------------------ MathVerse
-
-
 class MathVerse(Benchmark):
     """String equality (ZrrSkywalker/MathVerse score_answer_s2.py --quick_match), also per version
     of the problem and subject. The published numbers need GPT-4, first to extract answers."""
@@ -197,9 +189,6 @@ class MathVerse(Benchmark):
     def submit(self, rows: list[dict]) -> list[dict]:
         """The input of MathVerse's extract_answer_s1.py."""
         return [{**row["context"]["row"], "model_answer": row["prediction"]} for row in rows]
-
-
-# --------------------------------------------------------------------------------------- TabMWP
 
 AMOUNT, DIGITS = r"[\d$.,/:]+", r"[-\d$.,/:]*\d"
 # What names an option, in the order in which it is looked for.
