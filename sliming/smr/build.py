@@ -22,9 +22,8 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -68,13 +67,10 @@ def image_of(item: Candidate | Drop) -> str:
 
 def judged(candidates: Iterable[Candidate | Drop], workers: int) -> Iterator[Judged]:
     """(candidate, answer, drop, look) in the order of `candidates`, judged by `workers` processes
-    (1: in this one).
-
-    Only a few chunks are under way at any time, and an image that many questions share is looked at
-    once.
-    """
-    def resolve(chunk: list, future: Future | tuple) -> Iterator[Judged]:
-        judgements, new = future.result() if isinstance(future, Future) else future
+    (1: in this one). Few chunks are under way at any time, and an image that many questions share
+    is looked at once."""
+    def resolve(chunk: list, future: Future) -> Iterator[Judged]:
+        judgements, new = future.result()
         looks.update(new)
         for item, (answer, drop) in zip(chunk, judgements, strict=True):
             yield item, answer, drop, looks.get(image_of(item))
@@ -85,7 +81,7 @@ def judged(candidates: Iterable[Candidate | Drop], workers: int) -> Iterator[Jud
     limit = REMEMBERED + 2 * CHUNK * (ahead + 2)
     items, looks, known, waiting = iter(candidates), OrderedDict(), set(), deque()
     with (ProcessPoolExecutor(workers, initializer=end_with_parent) if workers > 1
-          else nullcontext()) as pool:
+          else ThreadPoolExecutor(1)) as pool:
         while chunk := list(islice(items, CHUNK)):
             names = dict.fromkeys(filter(None, map(image_of, chunk)))
             for name in names:
@@ -93,9 +89,7 @@ def judged(candidates: Iterable[Candidate | Drop], workers: int) -> Iterator[Jud
                     looks.move_to_end(name)  # it will be wanted when this chunk is resolved
             fresh = [name for name in names if name not in known]
             known.update(fresh)
-            alone = not isinstance(pool, Executor)
-            waiting.append((chunk, judge(chunk, fresh) if alone
-                            else pool.submit(judge, chunk, fresh)))
+            waiting.append((chunk, pool.submit(judge, chunk, fresh)))
             if len(waiting) > ahead:
                 yield from resolve(*waiting.popleft())
         while waiting:
