@@ -11,9 +11,8 @@ from sliming.evaluation.formats import LETTERS
 from sliming.evaluation.latex import plain_math, same_value
 from sliming.evaluation.question import Benchmark, Question, entries, load, load_rows, need, number
 
-FLAGS = [first + phrase for phrase in (
-    "he final answer is", "he answer is", "he correct answer is", "he answer should be")
-    for first in "tT"]
+FLAGS = [f"{first}he {phrase}" for phrase in (
+    "final answer is", "answer is", "correct answer is", "answer should be") for first in "tT"]
 
 
 def mathvision_answer(prediction: str) -> str:

@@ -2,9 +2,7 @@
 given answer, an image that shows something and belongs to the text, and no place in an evaluation
 set. These are the filters that Sec. 2.4 names, as far as a rule can tell.
 
-Two things differ from the paper: reasoning that does not reach the given answer is dropped (the
-paper had GPT-4V write it anew), and reasoning over options which spells out none of them is closed
-with a sentence that names the given one.
+Differences from the paper: README.md beside this.
 
 Legend: H, W image height and width in pixels.
 """
@@ -14,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -197,11 +196,8 @@ class Look:
 
 def sharp_pixels(grey: Image.Image) -> int:
     """How many pixels of a grey image [H, W] lie at a sharp edge: 8-neighbour Laplacian of at least
-    SHARP times the contrast.
-
-    An edge of contrast C between two pixels has a Laplacian of up to 3 C, one blurred with a
-    Gaussian of s pixels 0.7 C / s^2. It is their number that counts, not their share: a drawing may
-    be a few lines on a large sheet.
+    SHARP times the contrast C. (An edge between two pixels has up to 3 C, one blurred with a
+    Gaussian of s pixels 0.7 C / s^2. No share is taken: a drawing may be a few lines on a sheet.)
     """
     low, high = grey.getextrema()
     pixels = np.asarray(grey).astype(np.int16)                              # [H, W]
@@ -273,8 +269,7 @@ class Excluded:
     def add(self, path: Path) -> None:
         """Reads a JSON or JSONL file of questions, and those images that it names and that are
         there. RecordError where no question is found."""
-        looks: dict[Path, Look] = {}
-        count = named = found = 0
+        look_once, count, named, found = cache(look_at), 0, 0, 0
         for entry in entries_of(path):
             question, answer = asked_in(entry)
             name = text_in(entry, "image", "imgname", "img_path")
@@ -282,12 +277,10 @@ class Excluded:
                 continue
             image = find_image(path.parent, name)
             count, named, found = count + 1, named + bool(name), found + bool(image)
-            if image and image not in looks:
-                looks[image] = look_at(str(image))
-            look = looks.get(image)
-            if look and look.pixels:
+            look = look_once(str(image)) if image else Look()
+            if look.pixels:
                 self.images[look.pixels] = path.name
-            asked = Asked(look.thumbnail if look and look.pixels else None, answer, path.name)
+            asked = Asked(look.thumbnail if look.pixels else None, answer, path.name)
             known = self.questions.setdefault(question_key(question), [])
             if asked not in known:
                 known.append(asked)
