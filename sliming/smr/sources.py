@@ -106,6 +106,7 @@ def word(name: str, image: Path, question: str, answer: str, **more: object) -> 
     prompt = question + "\n" + SINGLE_WORD
     return Candidate(name, image, question, prompt, answer, gold=answer, **more)
 
+
 # -------------------------------------------------------- ScienceQA, TabMWP, ChartQA, MATH-Vision
 
 
