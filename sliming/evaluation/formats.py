@@ -1,14 +1,7 @@
 """Data sets that are asked as benchmarks and learned from in SMR: one official entry -> Row.
 
-    TabMWP       problems_<split>.json {pid: entry}             lupantech/PromptPG
-    ChartQA      <split>_{human,augmented}.json [entry]         vis-nlp/ChartQA
-    ScienceQA    problems.json {pid: entry}                     lupantech/ScienceQA
-    MATH-Vision  test.jsonl, testmini.jsonl, an entry a line    mathvision-cuhk/MATH-V
-
-`records.elements` and `records.lines` stream a file; each function here takes one entry of it.
 Text stays as the source has it, as answers are scored by it; `as_meant` is for what is shown of
-MATH-Vision's. An entry that cannot be used raises RecordError: one line that
-names the entry and the field.
+MATH-Vision's. An entry that cannot be used raises RecordError, which names it and the field.
 """
 
 import re
@@ -38,7 +31,7 @@ class Row:
 
 
 def tabmwp(key: object, entry: object) -> Row:
-    """An entry of TabMWP: its answer is an option's text or free. `entry` has unit and solution."""
+    """TabMWP (lupantech/PromptPG): the answer is an option's text or free."""
     question, answer = texts(key, entry, "question", "answer")
     options = options_of(key, entry, "choices") if entry.get("choices") else []
     if options and answer not in options:
@@ -48,13 +41,13 @@ def tabmwp(key: object, entry: object) -> Row:
 
 
 def chartqa(key: object, entry: object) -> Row:
-    """An entry of ChartQA, `key` its place in the file; its image lies in the split's folder."""
+    """ChartQA (vis-nlp/ChartQA), `key` its place in the file; the image is in the split's folder."""
     question, answer, image = texts(key, entry, "query", "label", "imgname")
     return Row(str(key), question, [], answer, None, f"png/{image}", entry)
 
 
 def scienceqa(key: object, entry: object) -> Row:
-    """An entry of ScienceQA: its answer is a place. `entry` has hint, lecture and split."""
+    """ScienceQA (lupantech/ScienceQA): the answer is a place."""
     (question,) = texts(key, entry, "question")
     options = options_of(key, entry, "choices")
     place = place_of(key, entry.get("answer"), options)
@@ -64,7 +57,7 @@ def scienceqa(key: object, entry: object) -> Row:
 
 
 def math_vision(key: object, entry: object) -> Row:
-    """An entry of MATH-Vision, named by its `id`, else by `key`: its answer is a letter or free."""
+    """MATH-Vision (mathvision-cuhk/MATH-V), named by its `id`: the answer is a letter or free."""
     key = entry.get("id", key) if isinstance(entry, dict) else key
     question, answer, image = texts(key, entry, "question", "answer", "image")
     options, place = options_of(key, entry, "options") if entry.get("options") else [], None

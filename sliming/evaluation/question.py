@@ -4,7 +4,7 @@ A benchmark is one object: it reads its official files into questions with their
 answer, adds scores up, and writes what a server or a judge takes. Families of them share a file:
 vqa.py, yesno.py, choice.py, maths.py, judged.py; benchmarks.py lists them all.
 
-Legend: U units of a part of a benchmark, K what is counted of each, R draws of the bootstrap.
+Legend: K numbers that are counted of a unit, which is what only counts together.
 """
 
 import csv
@@ -71,8 +71,8 @@ class Benchmark:
         """What is scored of an answer; None where it is not scored here."""
         return None if self.judge or row["references"] is None else row["prediction"]
 
-    # Whole-benchmark numbers are functions of sums over units, a unit being what only counts
-    # together (a question; MMBench's rotations of one), so that the bootstrap can draw units.
+    # Whole-benchmark numbers are functions of sums over units (a question; MMBench's rotations of
+    # one), so that the bootstrap can draw units.
 
     def unit(self, place: int, context: dict) -> tuple[str, object]:
         """(part of the benchmark, unit of it) of the record at `place`."""

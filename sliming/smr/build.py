@@ -180,13 +180,11 @@ class Ledger:
 def build(source: str, folder: Path, out: Path, *, root: Path | None = None,
           exclude: Iterable[Path] = (), selection: Selection | None = None, workers: int = 1,
           say: bool = False) -> dict:
-    """Appends the records of `source` to `out` and the dropped ones to `out` with the suffix
-    .dropped.jsonl.
+    """Appends the records of `source` to `out`, and the dropped ones to its .dropped.jsonl.
 
-    Returns {"built": new records, "kept": records that `out` had already, "stale": records that
-    `out` has and this build would drop (it was built with less excluded), "dropped": {reason:
-    count}, "passed over": {reason: count}}. RecordError for a folder or file of another kind; what
-    was built before that is kept.
+    Returns {"built": new records, "kept": records that `out` had, "stale": records that it has and
+    this build would drop (it was built with less excluded), "dropped" and "passed over": {reason:
+    count}}. RecordError for a folder or file of another kind; what was built before it is kept.
     """
     selection = check(source, folder, selection or Selection())
     folder, root = folder.resolve(), (root or folder.resolve().parent).resolve()

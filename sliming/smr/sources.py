@@ -1,12 +1,8 @@
 """The raw layouts of SMR's ten sources, one reader each (Sec. 2.4, Appendix B).
 
-    SOURCES[name].read(folder, selection) -> Candidate or Drop, one per question
-
 A record that does not have its source's form becomes a Drop; RecordError for a file or a choice
-that cannot be used. Files are read as a stream, so memory does not grow with them. What the
-selection passes over is counted in `Selection.passed_over`.
-
-Where each layout is documented, and what of it no real file has confirmed: README.md beside this.
+that cannot be used. Files are read as a stream, so memory does not grow with them. Where each
+layout is documented, and what of it no real file has confirmed: README.md beside this.
 """
 
 import hashlib

@@ -342,7 +342,7 @@ def test_answers_in_batches_are_those_one_by_one(model):
     model.llm.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.llm.lm_head.weight))
     images = [picture(None, size, seed) for seed, size in
               enumerate([(40, 30), (700, 300), (100, 400)])]
-    samples = [model.processor.prompt([{"from": "human", "value": text}], list(map(io.BytesIO, some)))
+    samples = [model.processor.prompt([{"from": "human", "value": text}], [*map(io.BytesIO, some)])
                for text, some in (("<image>\nWhat number is it?", images[:1]),
                                   ("<image>\nWhich colour is the square?", images[1:2]),
                                   ("<image>\n<image>\nAny?", images[1:]), ("Words only", []))]
