@@ -41,7 +41,7 @@ def tabmwp(key: object, entry: object) -> Row:
 
 
 def chartqa(key: object, entry: object) -> Row:
-    """ChartQA (vis-nlp/ChartQA), `key` its place in the file; the image is in the split's folder."""
+    """ChartQA (vis-nlp/ChartQA), named by its place; the image is in the split's folder."""
     question, answer, image = texts(key, entry, "query", "label", "imgname")
     return Row(str(key), question, [], answer, None, f"png/{image}", entry)
 
