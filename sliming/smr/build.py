@@ -19,13 +19,14 @@ import multiprocessing
 import os
 import sys
 import threading
-import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
+
+from tqdm import tqdm
 
 from sliming.chat import IMAGE
 from sliming.config import COUNT, PROCESSES, SEED, Parser
@@ -199,13 +200,9 @@ def build(source: str, folder: Path, out: Path, *, root: Path | None = None,
         print(*excluded.said, sep="\n", end="\n" if excluded.said else "", file=sys.stderr)
 
     def until_broken() -> Iterator[Candidate | Drop]:
-        said = started = time.monotonic()
         try:
-            for number, item in enumerate(SOURCES[source].read(folder, selection)):
-                yield item
-                if say and (now := time.monotonic()) - said > 10:
-                    said, speed = now, number / (now - started) * 60
-                    print(f"{source}: {number:,} records, {speed:,.0f} a minute", file=sys.stderr)
+            yield from tqdm(SOURCES[source].read(folder, selection), desc=source, unit="record",
+                            mininterval=1 if sys.stderr.isatty() else 10, disable=not say)
         except RecordError as error:
             broken.append(error)  # raised when everything before it is written
 
