@@ -20,7 +20,7 @@ from PIL import Image, ImageFilter
 
 from sliming.chat import IMAGE, OPTION_LETTER, SINGLE_WORD
 from sliming.evaluation.formats import LETTERS
-from sliming.evaluation.latex import NO_VALUE, arithmetic
+from sliming.evaluation.latex import arithmetic
 from sliming.guard import open_file
 from sliming.images import open_image
 from sliming.records import RecordError, elements, lines
@@ -118,7 +118,7 @@ def value(formula: str) -> float | None:
         formula = boxed[1]
     try:
         return float(arithmetic(formula.strip(" $").rstrip(" $.,")))
-    except NO_VALUE:
+    except (ValueError, OverflowError):
         return None
 
 
