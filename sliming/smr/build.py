@@ -81,8 +81,9 @@ def judged(candidates: Iterable[Candidate | Drop], workers: int) -> Iterator[Jud
     ahead = 3 * workers  # chunks under way; what they may need is never among the oldest looks
     limit = REMEMBERED + 2 * CHUNK * (ahead + 2)
     items, looks, known, waiting = iter(candidates), OrderedDict(), set(), deque()
-    with (ProcessPoolExecutor(workers, initializer=end_with_parent) if workers > 1
-          else ThreadPoolExecutor(1)) as pool:
+    pool = (ProcessPoolExecutor(workers, initializer=end_with_parent) if workers > 1
+            else ThreadPoolExecutor(1))
+    try:
         while chunk := list(islice(items, CHUNK)):
             names = dict.fromkeys(filter(None, map(image_of, chunk)))
             for name in names:
@@ -95,6 +96,8 @@ def judged(candidates: Iterable[Candidate | Drop], workers: int) -> Iterator[Jud
                 yield from resolve(*waiting.popleft())
         while waiting:
             yield from resolve(*waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not judge what is under way
 
 
 # ------------------------------------------------------------------------------------- the result

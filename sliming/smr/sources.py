@@ -44,10 +44,7 @@ def rows(path: Path) -> Iterator[tuple[int, object]]:
         with open_file(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    try:
-                        yield number, parse(line, path, number)
-                    except RecordError as error:
-                        yield number, error
+                    yield number, parsed(line, path, number)
     except OSError as error:
         raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -55,11 +52,17 @@ def rows(path: Path) -> Iterator[tuple[int, object]]:
 def load(path: Path) -> object:
     """A small JSON file; what is wrong with it is returned, for `guarded`."""
     try:
-        return parse(path.read_bytes(), path, 1)
-    except RecordError as error:
-        return error
+        with open_file(path) as file:
+            return parsed(file.read(), path, 1)
     except OSError as error:
         return RecordError(f"{path}: cannot be read ({error.strerror})")
+
+
+def parsed(text: bytes, path: Path, number: int) -> object:
+    try:
+        return parse(text, path, number)
+    except RecordError as error:
+        return error
 
 
 def stripped(name: str, entry: object, *keys: str) -> list[str]:
