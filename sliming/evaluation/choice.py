@@ -242,7 +242,7 @@ class ScienceQA(Benchmark):
             row = formats.scienceqa(key, problems[key])
             prompt = self.ask(text or "")
             if text is None:
-                hint, image = row.entry.get("hint"), row.image
+                hint, image = problems[key].get("hint"), row.image
                 text = f"Context: {hint}\n{row.question}" if hint else row.question
                 prompt, image = self.ask(text, row.options), image and image.removeprefix("test/")
             yield Question(key, prompt, [(image, f"test/{image}")] if image else [], row.letter,

@@ -22,7 +22,6 @@ class Row:
     answer: str          # the text of the right option, or the free answer
     place: int | None    # of the right option among `options`
     image: str | None    # path inside the data set's folder; None where there is no image
-    entry: dict          # everything else that the source says
 
     @property
     def letter(self) -> str:
@@ -37,13 +36,13 @@ def tabmwp(key: object, entry: object) -> Row:
     if options and answer not in options:
         raise RecordError(f"question {key}: answer {answer!r} is none of {len(options)} options")
     place = options.index(answer) if options else None
-    return Row(str(key), question, options, answer, place, f"tables/{key}.png", entry)
+    return Row(str(key), question, options, answer, place, f"tables/{key}.png")
 
 
 def chartqa(key: object, entry: object) -> Row:
     """ChartQA (vis-nlp/ChartQA), named by its place; the image is in the split's folder."""
     question, answer, image = texts(key, entry, "query", "label", "imgname")
-    return Row(str(key), question, [], answer, None, f"png/{image}", entry)
+    return Row(str(key), question, [], answer, None, f"png/{image}")
 
 
 def scienceqa(key: object, entry: object) -> Row:
@@ -53,7 +52,7 @@ def scienceqa(key: object, entry: object) -> Row:
     place = place_of(key, entry.get("answer"), options)
     image = entry.get("image")
     image = f"{entry.get('split', 'test')}/{key}/{image}" if image else None
-    return Row(str(key), question, options, options[place], place, image, entry)
+    return Row(str(key), question, options, options[place], place, image)
 
 
 def math_vision(key: object, entry: object) -> Row:
@@ -64,7 +63,7 @@ def math_vision(key: object, entry: object) -> Row:
     if options:
         place = place_of(key, LETTERS.find(answer) if len(answer) == 1 else answer, options)
         answer = options[place]
-    return Row(str(key), question, options, answer, place, image, entry)
+    return Row(str(key), question, options, answer, place, image)
 
 
 # LaTeX commands whose names begin with n, which a literal \n may be the beginning of.
