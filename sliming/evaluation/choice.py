@@ -19,8 +19,6 @@ from sliming.evaluation.formats import LETTERS
 from sliming.evaluation.question import Benchmark, Question, load, load_rows, need, ratio, split
 from sliming.records import RecordError
 
-# -------------------------------------------------------------------------------------- MMBench
-
 EMPTY = (None, "", "nan")
 MARKS = [("", ""), ("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."),
          (":", ""), (":", ","), (":", "."), (":", ")"), (":", ").")]  # before and after a letter
@@ -100,9 +98,6 @@ class MMBenchCN(MMBench):
     form = "请直接回答选项字母。"
 
 
-# ----------------------------------------------------------------------------------------- MMMU
-
-
 def mmmu_letter(prediction: str, choices: dict[str, str]) -> str | None:
     """The letter that MMMU reads out of an answer, None for none."""
     for mark in ",.!?;:'":
@@ -166,7 +161,7 @@ class MMMU(Benchmark):
     def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """The validation set's .parquet files (or their folder), or the same rows as JSON."""
         for row in load_rows(path):
-            key, text, kind = need(row, "id", "question", "question_type")
+            key, question, kind = need(row, "id", "question", "question_type")
             options, answer = row.get("options") or [], row.get("answer")
             choice, context = kind == "multiple-choice", {"id": key}
             try:
@@ -183,8 +178,8 @@ class MMMU(Benchmark):
                 if image is not None:
                     images.append(image if isinstance(image, bytes) else (image,))
             if choice:
-                context["index2ans"] = dict(zip(LETTERS, options, strict=False))
-            prompt = self.ask(text, options if choice else (), "({}) {}",
+                context["index2ans"] = {LETTERS[at]: text for at, text in enumerate(options)}
+            prompt = self.ask(question, options if choice else (), "({}) {}",
                               self.form if choice else self.open_form)
             yield Question(key, prompt, images, answer, context)
 
@@ -208,9 +203,6 @@ class MMMU(Benchmark):
         opened = split(sums["open"]) if "open" in sums else [np.zeros_like(n)] * 2
         return {"n": n, "correct": right, "acc": ratio(right, n), "open_correct": opened[0],
                 "n_open": opened[1], "table": {self.column: 100 * ratio(right, n)}}
-
-
-# ------------------------------------------------------------------------------------ ScienceQA
 
 
 def scienceqa_letter(prediction: str) -> str:
@@ -250,7 +242,7 @@ class ScienceQA(Benchmark):
             row = formats.scienceqa(key, problems[key])
             prompt = self.ask(text or "")
             if text is None:
-                hint, image = row.entry.get("hint"), row.image
+                hint, image = problems[key].get("hint"), row.image
                 text = f"Context: {hint}\n{row.question}" if hint else row.question
                 prompt, image = self.ask(text, row.options), image and image.removeprefix("test/")
             yield Question(key, prompt, [(image, f"test/{image}")] if image else [], row.letter,

@@ -1,15 +1,10 @@
 """Data sets that are asked as benchmarks and learned from in SMR: one official entry -> Row.
 
-    TabMWP       problems_<split>.json {pid: entry}             lupantech/PromptPG
-    ChartQA      <split>_{human,augmented}.json [entry]         vis-nlp/ChartQA
-    ScienceQA    problems.json {pid: entry}                     lupantech/ScienceQA
-    MATH-Vision  test.jsonl, testmini.jsonl, an entry a line    mathvision-cuhk/MATH-V
-
-`records.elements` and `records.lines` stream a file; each function here takes one entry of it.
-Text stays as the source has it. An entry that cannot be used raises RecordError: one line that
-names the entry and the field.
+Text stays as the source has it, as answers are scored by it; `as_meant` is for what is shown of
+MATH-Vision's. An entry that cannot be used raises RecordError, which names it and the field.
 """
 
+import re
 from dataclasses import dataclass
 
 from sliming.records import RecordError
@@ -27,7 +22,6 @@ class Row:
     answer: str          # the text of the right option, or the free answer
     place: int | None    # of the right option among `options`
     image: str | None    # path inside the data set's folder; None where there is no image
-    entry: dict          # everything else that the source says
 
     @property
     def letter(self) -> str:
@@ -36,40 +30,65 @@ class Row:
 
 
 def tabmwp(key: object, entry: object) -> Row:
-    """An entry of TabMWP: its answer is an option's text or free. `entry` has unit and solution."""
+    """TabMWP (lupantech/PromptPG): the answer is an option's text or free."""
     question, answer = texts(key, entry, "question", "answer")
     options = options_of(key, entry, "choices") if entry.get("choices") else []
     if options and answer not in options:
         raise RecordError(f"question {key}: answer {answer!r} is none of {len(options)} options")
     place = options.index(answer) if options else None
-    return Row(str(key), question, options, answer, place, f"tables/{key}.png", entry)
+    return Row(str(key), question, options, answer, place, f"tables/{key}.png")
 
 
 def chartqa(key: object, entry: object) -> Row:
-    """An entry of ChartQA, `key` its place in the file; its image lies in the split's folder."""
+    """ChartQA (vis-nlp/ChartQA), named by its place; the image is in the split's folder."""
     question, answer, image = texts(key, entry, "query", "label", "imgname")
-    return Row(str(key), question, [], answer, None, f"png/{image}", entry)
+    return Row(str(key), question, [], answer, None, f"png/{image}")
 
 
 def scienceqa(key: object, entry: object) -> Row:
-    """An entry of ScienceQA: its answer is a place. `entry` has hint, lecture and split."""
+    """ScienceQA (lupantech/ScienceQA): the answer is a place."""
     (question,) = texts(key, entry, "question")
     options = options_of(key, entry, "choices")
     place = place_of(key, entry.get("answer"), options)
     image = entry.get("image")
     image = f"{entry.get('split', 'test')}/{key}/{image}" if image else None
-    return Row(str(key), question, options, options[place], place, image, entry)
+    return Row(str(key), question, options, options[place], place, image)
 
 
 def math_vision(key: object, entry: object) -> Row:
-    """An entry of MATH-Vision, named by its `id`, else by `key`: its answer is a letter or free."""
+    """MATH-Vision (mathvision-cuhk/MATH-V), named by its `id`: the answer is a letter or free."""
     key = entry.get("id", key) if isinstance(entry, dict) else key
     question, answer, image = texts(key, entry, "question", "answer", "image")
     options, place = options_of(key, entry, "options") if entry.get("options") else [], None
     if options:
         place = place_of(key, LETTERS.find(answer) if len(answer) == 1 else answer, options)
         answer = options[place]
-    return Row(str(key), question, options, answer, place, image, entry)
+    return Row(str(key), question, options, answer, place, image)
+
+
+# LaTeX commands whose names begin with n, which a literal \n may be the beginning of.
+N_COMMANDS = ("(?:abla|atural|e|earrow|eg|eq|ewline|exists|geq|i|leq|mid|onumber|ormalsize|ot|otin|"
+              "parallel|u|warrow)")
+
+
+def as_meant(*texts: str) -> list[str]:
+    r"""The texts of one of MATH-Vision's problems as they were meant: line breaks for its literal
+    \n, and the backslash of a \frac of which its JSON makes a form feed.
+
+    The mark <image1> of its only image goes. Several are captions in its one picture, and so are
+    named: image 2.
+    """
+    lone, made = len(set(re.findall(r"<image\d+>", " ".join(texts)))) == 1, []
+    for text in texts:
+        # Two backslashes before the n: one of them ends a row of LaTeX.
+        text = re.sub(rf"(\\*)\\n(?!{N_COMMANDS}(?![A-Za-z]))",
+                      lambda match: "\\\\\n" if match[1] else "\n", text.replace("\f", r"\f"))
+        if lone:
+            text = re.sub(r"[ \t]*\n?<image\d+>(?=(\w?))", lambda match: " " * len(match[1]), text)
+        text = re.sub(r"<image(\d+)>(?=(<?))",
+                      lambda match: f"image {match[1]}" + " " * len(match[2]), text)
+        made.append(text.strip())
+    return made
 
 
 # ------------------------------------------------------------------------------ fields of an entry

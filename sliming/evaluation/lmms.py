@@ -1,14 +1,10 @@
 """SliME as a model of lmms-eval, so that its tasks run without a line of code:
 
-    pip install "sliming[eval]"
     lmms_eval --model sliming --model_args pretrained=out/stage3 --tasks pope,mme --batch_size 8
 
-lmms-eval (EvolvingLMMs-Lab/lmms-eval, 0.7) finds it through the entry point `lmms_eval.models` of
-pyproject.toml; nothing of lmms-eval is changed. Its own `slime` model is another one: it runs the
-authors' package.
-
-Requests are what lmms-eval calls "simple": a context, and images that come before it unless the
-context has a marker `<image>` for each. Requests of one kind are answered in batches.
+lmms-eval (0.7) finds it through the entry point `lmms_eval.models` of pyproject.toml. Its own
+`slime` model is another one: it runs the authors' package. Requests are what it calls "simple": a
+context, and images that come before it unless the context has a marker `<image>` for each.
 """
 
 from collections.abc import Iterator

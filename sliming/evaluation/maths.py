@@ -11,11 +11,8 @@ from sliming.evaluation.formats import LETTERS
 from sliming.evaluation.latex import plain_math, same_value
 from sliming.evaluation.question import Benchmark, Question, entries, load, load_rows, need, number
 
-# ----------------------------------------------------------------------------------- MathVision
-
-FLAGS = [first + phrase for phrase in (
-    "he final answer is", "he answer is", "he correct answer is", "he answer should be")
-    for first in "tT"]
+FLAGS = [f"{first}he {phrase}" for phrase in (
+    "final answer is", "answer is", "correct answer is", "answer should be") for first in "tT"]
 
 
 def mathvision_answer(prediction: str) -> str:
@@ -55,7 +52,8 @@ class MathVision(Benchmark):
             row = formats.math_vision(key, entry)
             shown = row.options == list(LETTERS[:len(row.options)])  # the options, in the picture
             context = {name: entry.get(name) for name in self.by}
-            yield Question(row.id, self.ask(row.question, () if shown else row.options, "({}) {}"),
+            text, *options = formats.as_meant(row.question, *row.options)
+            yield Question(row.id, self.ask(text, () if shown else options, "({}) {}"),
                            [(row.image, PurePosixPath(row.image).name)], row.letter or row.answer,
                            {**context, "id": row.id, "options": row.options})
 
@@ -66,9 +64,6 @@ class MathVision(Benchmark):
         answer, options = mathvision_answer(prediction), context.get("options")
         value = options[LETTERS.index(references)] if options else ""
         return float(same_value(references, answer) or same_value(value, answer))
-
-
-# ------------------------------------------------------------------------------------ MathVista
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -163,9 +158,6 @@ class MathVista(Benchmark):
                 for row in rows}
 
 
-# ------------------------------------------------------------------------------------ MathVerse
-
-
 class MathVerse(Benchmark):
     """String equality (ZrrSkywalker/MathVerse score_answer_s2.py --quick_match), also per version
     of the problem and subject. The published numbers need GPT-4, first to extract answers."""
@@ -196,9 +188,6 @@ class MathVerse(Benchmark):
     def submit(self, rows: list[dict]) -> list[dict]:
         """The input of MathVerse's extract_answer_s1.py."""
         return [{**row["context"]["row"], "model_answer": row["prediction"]} for row in rows]
-
-
-# --------------------------------------------------------------------------------------- TabMWP
 
 AMOUNT, DIGITS = r"[\d$.,/:]+", r"[-\d$.,/:]*\d"
 # What names an option, in the order in which it is looked for.

@@ -4,7 +4,7 @@ A benchmark is one object: it reads its official files into questions with their
 answer, adds scores up, and writes what a server or a judge takes. Families of them share a file:
 vqa.py, yesno.py, choice.py, maths.py, judged.py; benchmarks.py lists them all.
 
-Legend: U units of a part of a benchmark, K what is counted of each, R draws of the bootstrap.
+Legend: K numbers that are counted of a unit, which is what only counts together.
 """
 
 import csv
@@ -63,12 +63,16 @@ class Benchmark:
         """How right one answer is, 0 to 1, by the rule of the benchmark's own program."""
         raise NotImplementedError
 
+    def submit(self, rows: list[dict]) -> object:
+        """The content of the file that a server or judge takes, from rows of answers."""
+        raise NotImplementedError
+
     def extracted(self, row: dict) -> str | None:
         """What is scored of an answer; None where it is not scored here."""
         return None if self.judge or row["references"] is None else row["prediction"]
 
-    # Whole-benchmark numbers are functions of sums over units, a unit being what only counts
-    # together (a question; MMBench's rotations of one), so that the bootstrap can draw units.
+    # Whole-benchmark numbers are functions of sums over units (a question; MMBench's rotations of
+    # one), so that the bootstrap can draw units.
 
     def unit(self, place: int, context: dict) -> tuple[str, object]:
         """(part of the benchmark, unit of it) of the record at `place`."""
@@ -97,15 +101,11 @@ class Benchmark:
         """What has to be known about the numbers: of `asked` questions, so many are not scored."""
         return ""
 
-    def submit(self, rows: list[dict]) -> object:
-        """The content of the file that a server or judge takes, from rows of answers."""
-        raise NotImplementedError
-
     def ask(self, text: str, options: Iterable[str] = (), mark: str = "{}. {}",
             form: str | None = "") -> str:
         """A prompt: text, options and, unless the text ends so already, the response format."""
-        options = [mark.format(*pair) for pair in zip(LETTERS, options, strict=False)]
-        text, form = "\n".join([text, *options]), self.form if form == "" else form
+        text = "\n".join([text, *map(mark.format, LETTERS, options)])
+        form = self.form if form == "" else form
         return text if form is None or text.endswith(form) else f"{text}\n{form}"
 
     def second(self, path: Path, truth: Path | None) -> Path:
@@ -115,9 +115,9 @@ class Benchmark:
                               "put it beside this file or name it with --truth")
         return truth
 
-    def llava(self, path: Path, truth: Path | None) -> Iterator[tuple[Question, str]]:
+    def llava(self, path: Path, truth: Path | None, own: bool = False) -> Iterator[Question]:
         """The questions of a file of LLaVA's, {question_id, image, text} a line, found in the
-        second official file, with their text."""
+        second official file; with their `own` text as prompt, or the one from there."""
         truth = self.second(path, truth)
         finder = Finder(self.read(truth, None))
         for row in load_rows(path):
@@ -126,7 +126,8 @@ class Benchmark:
                 found = finder.find(number, text.split("\n")[0], image, row.get("category"))
             except RecordError as error:
                 raise RecordError(f"{path}: {error} of {truth}") from error
-            yield replace(found, images=[(image, *found.images[0])], source=str(number)), text
+            yield replace(found, images=[(image, *found.images[0])], source=str(number),
+                          prompt=self.ask(text) if own else found.prompt)
 
 
 class Finder:
@@ -175,9 +176,6 @@ def stem(number: str) -> str:
     return re.sub(r"\.(jpe?g|png)$", "", number)
 
 
-# ----------------------------------------------------------------------------------- adding up
-
-
 def split(sums: np.ndarray) -> list[np.ndarray]:
     """[..., K] -> K arrays."""
     return list(np.moveaxis(sums, -1, 0))
@@ -195,8 +193,7 @@ def load(path: Path) -> list | dict:
     """The content of a .json, .jsonl, .tsv or .parquet file, or of a folder of the last (of its
     validation files, where it has them)."""
     if path.is_dir() or path.suffix == ".parquet":
-        files = [path] if path.is_file() else sorted(path.rglob("validation*.parquet"))
-        return load_parquet(files or sorted(path.rglob("*.parquet")), path)
+        return load_parquet(path)
     if path.suffix == ".jsonl":
         return [value for _, value in lines(path)]
     try:
@@ -220,7 +217,9 @@ def load(path: Path) -> list | dict:
         return rows
 
 
-def load_parquet(files: list[Path], path: Path) -> list[dict]:
+def load_parquet(path: Path) -> list[dict]:
+    files = [path] if path.is_file() else sorted(path.rglob("validation*.parquet"))
+    files = files or sorted(path.rglob("*.parquet"))
     if not files:
         raise RecordError(f"{path}: a folder without .parquet files; name the question file")
     try:
@@ -239,8 +238,7 @@ def entries(content: list | dict, path: Path) -> Iterator[tuple[str | int, dict]
         raise RecordError(f"{path}: no questions in it")
     for key, row in content.items() if isinstance(content, dict) else enumerate(content):
         if not isinstance(row, dict):
-            place = key + 1 if isinstance(key, int) else key
-            raise RecordError(f"{path}: entry {place} is not an object but {type(row).__name__}")
+            raise RecordError(f"{path}: entry {key + 1} is not an object but {type(row).__name__}")
         yield key, row
 
 

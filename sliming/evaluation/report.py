@@ -4,14 +4,16 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from sliming.evaluation.benchmarks import find, write_submission
 from sliming.evaluation.metrics import aggregate, bootstrap
 from sliming.records import RecordError
 
-TABLE_COLUMNS = [
+PAPER_COLUMNS = [  # of Tables 1 and 2
     "VQA-T", "GQA", "VQAv2", "MMB", "MMB-C", "MMMU-v", "LLaVA-W", "MME-P", "MME-C", "MM-Vet",
-    "MathVerse", "MathVista", "MathVision", "ScienceQA", "POPE", "AMBER", "MME-H",
-    "ChartQA", "TabMWP"]  # Table 1, Table 2, in neither
+    "MathVerse", "MathVista", "MathVision", "ScienceQA", "POPE", "AMBER", "MME-H"]
+TABLE_COLUMNS = [*PAPER_COLUMNS, "ChartQA", "TabMWP"]
 PAPER = {  # Tables 1 and 2, "Ours"; the LoRA row is the one marked with a dagger
     "SliME-7B": [64.39, 63.13, 80.32, 69.32, 61.85, 37.20, 76.10, 1544, 383, 35.40,
                  17.50, 37.50, 16.12, 76.80, 85.40, 87.80, 633],
@@ -26,9 +28,6 @@ PAPER = {  # Tables 1 and 2, "Ours"; the LoRA row is the one marked with a dagge
 
 def say(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-# --------------------------------------------------------------------------------- one benchmark
 
 
 def scored(name: str, rows: list[dict]) -> list[dict]:
@@ -66,9 +65,6 @@ def result(name: str, rows: list[dict], asked: int, out: Path) -> dict:
                         for column, value in numbers["table"].items()}}
 
 
-# ------------------------------------------------------------------------------------ the tables
-
-
 def found_columns(results: dict[str, dict]) -> dict[str, list[float]]:
     """{column: [value, low, high]} in the tables' order."""
     found = {column: values for one in results.values()
@@ -76,14 +72,19 @@ def found_columns(results: dict[str, dict]) -> dict[str, list[float]]:
     return {column: found[column] for column in TABLE_COLUMNS if column in found}
 
 
+def paper_rows() -> dict[str, dict[str, float]]:
+    """{model: {column: value}} of the paper's tables."""
+    return {f"{model} (paper)": dict(zip(PAPER_COLUMNS, values, strict=True))
+            for model, values in PAPER.items()}
+
+
 def markdown(results: dict[str, dict], ours: str) -> str:
     """The paper's SliME rows and, below, ours with its 95 % intervals; then accuracies per part."""
     found = found_columns(results)
     lines = [f"| model | {' | '.join(found)} |", "|---|" + "---:|" * len(found)]
-    for model, values in PAPER.items():
-        paper = dict(zip(TABLE_COLUMNS, values, strict=False))
+    for model, paper in paper_rows().items():
         cells = [f"{paper[column]:g}" if column in paper else "" for column in found]
-        lines.append(f"| {model} (paper) | {' | '.join(cells)} |")
+        lines.append(f"| {model} | {' | '.join(cells)} |")
     cells = [f"{value:.1f} [{low:.1f}, {high:.1f}]" for value, low, high in found.values()]
     lines.append(f"| {ours} | {' | '.join(cells)} |")
     parts = [(name, *part) for name, one in results.items() if one["columns"]
@@ -99,30 +100,30 @@ def plot(results: dict[str, dict], ours: str, path: Path) -> None:
     """The same as bars, at most seven benchmarks in a row, MME's points in a row of their own."""
     import matplotlib.pyplot as plt  # only here: it takes a second to load
 
-    found, nothing = found_columns(results), [float("nan")] * 3
-    percent = [column for column in found if not column.startswith("MME-")]
-    rows = [percent[at:at + 7] for at in range(0, len(percent), 7)]
-    rows += [points] if (points := [column for column in found if column not in percent]) else []
-    size = (max(8, 1.6 * max(map(len, rows))), 0.6 + 3 * len(rows))
-    figure, panels = plt.subplots(len(rows), 1, squeeze=False, layout="constrained", figsize=size)
-    width = 0.8 / (len(PAPER) + 1)
+    found, width = found_columns(results), 0.8 / (len(PAPER) + 1)
+    points = [column for column in found if column.startswith("MME-")]
+    percent = [column for column in found if column not in points]
+    rows = [percent[at:at + 7] for at in range(0, len(percent), 7)] + [points] * bool(points)
+    longest = max(map(len, rows))
     # A long path would push the legend's other names out.
-    short = ours if len(ours) <= 24 else f"...{ours[-21:]}"
+    ours = ours if len(ours) <= 24 else f"...{ours[-21:]}"
+    models = {model: {column: [value] * 3 for column, value in paper.items()}
+              for model, paper in paper_rows().items()}
+    figure, panels = plt.subplots(len(rows), 1, squeeze=False, layout="constrained",
+                                  figsize=(max(8, 1.6 * longest), 0.6 + 3 * len(rows)))
     for panel, columns in zip(panels[:, 0], rows, strict=True):
-        for place, model in enumerate([*PAPER, ours]):
-            paper = dict(zip(TABLE_COLUMNS, ([v] * 3 for v in PAPER.get(model, ())), strict=False))
-            values = [(paper or found).get(column, nothing) for column in columns]
-            at = [index + (place - len(PAPER) / 2) * width for index in range(len(columns))]
-            errors = [[max(0, v[0] - v[1]) for v in values], [max(0, v[2] - v[0]) for v in values]]
-            bars = panel.bar(at, [v[0] for v in values], width * 0.92,
-                             color=plt.cm.Blues(0.35 + 0.15 * place) if paper else "tab:orange",
-                             label=f"{model} (paper)" if paper else short,
-                             yerr=None if paper else errors, error_kw={"capsize": 2})
-            panel.bar_label(bars, [f"{v[0]:.0f}" if v[0] == v[0] else "" for v in values],
-                            padding=2, fontsize=7)
+        for place, (model, known) in enumerate([*models.items(), (ours, found)]):
+            value, low, high = np.array([known.get(column, [np.nan] * 3) for column in columns]).T
+            bars = panel.bar(
+                np.arange(len(columns)) + (place - len(PAPER) / 2) * width, value, width * 0.92,
+                color="tab:orange" if known is found else plt.cm.Blues(0.35 + 0.15 * place),
+                label=model, error_kw={"capsize": 2},
+                yerr=np.maximum(0, [value - low, high - value]) if known is found else None)
+            panel.bar_label(bars, ["" if np.isnan(v) else f"{v:.0f}" for v in value], padding=2,
+                            fontsize=7)
         panel.set_xticks(range(len(columns)), columns)
-        panel.set_xlim(-0.6, (len(columns) if columns[0] not in percent else len(rows[0])) - 0.4)
-        panel.set_ylabel("points" if columns[0] not in percent else "percent")
+        panel.set_xlim(-0.6, (len(columns) if columns is points else len(rows[0])) - 0.4)
+        panel.set_ylabel("points" if columns is points else "percent")
         panel.margins(y=0.1)
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center",

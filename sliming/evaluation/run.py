@@ -144,37 +144,32 @@ def one_each(arguments: argparse.Namespace) -> list[tuple[str, Path, Path, Path 
 
 def evaluate_benchmarks(arguments: argparse.Namespace) -> None:
     """Answers and scores --benchmark NAME ... on every rank; the first one reports."""
-    out = arguments.out
+    out, model, results = arguments.out, None, {}
     asked = [(name, read_questions(name, data, truth), images)
              for name, data, images, truth in one_each(arguments)]
     out.mkdir(parents=True, exist_ok=True)
     with only_one(out) if is_main() else nullcontext():
-        answer_and_score(arguments, asked)
-
-
-def answer_and_score(arguments: argparse.Namespace, asked: list) -> None:
-    """Answers and scores what is asked: (name, questions, images)."""
-    out, model, results = arguments.out, None, {}
-    for name, questions, images in asked:
-        header = answers.header_of(name, questions, arguments.checkpoint)
+        for name, questions, images in asked:
+            header = answers.header_of(name, questions, arguments.checkpoint)
+            if is_main():
+                answers.collect(out, name, questions, header)
+            barrier()
+            file = answers.answers_file(out, name)
+            done = {row["id"]: row for row in answers.read_answers(file)[1]}
+            barrier()  # until all have read, before anyone appends
+            if len(done) < len(questions):
+                if done and is_main():
+                    say(f"{name}: {len(done)} of {len(questions)} questions are answered already")
+                model = model or load_model(arguments)
+                answer_benchmark(model, name, questions, images, out, header, done,
+                                 arguments.batch_size)
+            barrier()
+            if is_main():
+                rows = list(answers.collect(out, name, questions, header).values())
+                results[name] = result(name, rows, len(questions), out)
         if is_main():
-            answers.collect(out, name, questions, header)
+            report(results, header["checkpoint"], header["weights"], out)
         barrier()
-        done = {row["id"]: row for row in answers.read_answers(answers.answers_file(out, name))[1]}
-        barrier()  # until all have read, before anyone appends
-        if len(done) < len(questions):
-            if done and is_main():
-                say(f"{name}: {len(done)} of {len(questions)} questions are answered already")
-            model = model or load_model(arguments)
-            answer_benchmark(model, name, questions, images, out, header, done,
-                             arguments.batch_size)
-        barrier()
-        if is_main():
-            rows = list(answers.collect(out, name, questions, header).values())
-            results[name] = result(name, rows, len(questions), out)
-    if is_main():
-        report(results, header["checkpoint"], header["weights"], out)
-    barrier()
 
 
 def score_only(arguments: argparse.Namespace) -> None:

@@ -6,15 +6,12 @@ and haotian-liu/LLaVA. LLaVA's question files end in the response format already
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from sliming.chat import SINGLE_WORD
 from sliming.evaluation import formats
 from sliming.evaluation.question import Benchmark, Question, entries, load, load_rows, need, number
 from sliming.records import RecordError
-
-# ----------------------------------------------------------------------------- words compared
 
 PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 NUMBER_WORDS = {word: str(number) for number, word in enumerate(
@@ -31,19 +28,12 @@ CONTRACTED_TWICE = """couldn't've hadn't've he'd've it'd've mightn't've she'd've
     y'all'll you'd've"""
 
 
-def contractions() -> dict[str, str]:
-    """{word with an apostrophe missing: the word}, the reference's table with gaps and slips."""
-    table = {word.replace("'", ""): word for word in CONTRACTED.split()}
-    for word in CONTRACTED_TWICE.split():
-        first, last = word.index("'"), word.rindex("'")
-        table[word[:first] + word[first + 1:]] = table[word[:last] + word[last + 1:]] = word
-    return table | {
-        "somebody'd": "somebodyd", "ow's'at": "'ow's'at", "'ows'at": "'ow's'at",
-        "'ow'sat": "'ow's'at", "yall'd've": "y'all'd've", "y'alld've": "y'all'd've",
-        "y'all'dve": "y'all'd've"}
-
-
-CONTRACTIONS = contractions()
+# {word with an apostrophe missing: the word}, the reference's table with gaps and slips.
+CONTRACTIONS = {word.replace("'", ""): word for word in CONTRACTED.split()} | {
+    "".join(word.rsplit("'", 1)): word for word in CONTRACTED_TWICE.split()} | {
+    word.replace("'", "", 1): word for word in CONTRACTED_TWICE.split()} | {
+    "somebody'd": "somebodyd", "ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at",
+    "yall'd've": "y'all'd've", "y'alld've": "y'all'd've", "y'all'dve": "y'all'd've"}
 
 
 def strip_punctuation(text: str) -> str:
@@ -79,11 +69,8 @@ def textvqa_words(text: str) -> str:
 
 def agreement(answer: str, references: list[str]) -> float:
     """Mean over the annotators of min(1, how many of the others gave `answer` / 3)."""
-    total = 0.0
-    for index in range(len(references)):
-        others = references[:index] + references[index + 1:]
-        total += min(1.0, others.count(answer) / 3)
-    return total / len(references)
+    given = references.count(answer)
+    return sum(min(1.0, (given - (one == answer)) / 3) for one in references) / len(references)
 
 
 # ------------------------------------------------------------------------------- the benchmarks
@@ -99,8 +86,7 @@ class TextVQA(Benchmark):
         """LLaVA's file with the answers in TextVQA_0.5.1_val.json, or the latter, without OCR."""
         content = load(path)
         if not isinstance(content, dict) or "data" not in content:
-            for question, text in self.llava(path, truth):
-                yield replace(question, prompt=self.ask(text))
+            yield from self.llava(path, truth, own=True)
             return
         for _, row in entries(content["data"], path):
             key, image, text = need(row, "question_id", "image_id", "question")
@@ -156,7 +142,7 @@ class GQA(Benchmark):
         """testdev_balanced_questions.json, or llava_gqa_testdev_balanced.jsonl with it beside."""
         rows = load_rows(path)
         if "imageId" not in rows[0]:
-            yield from (question for question, _ in self.llava(path, truth))
+            yield from self.llava(path, truth)
             return
         for row in rows:
             image, text, answer = need(row, "imageId", "question", "answer")

@@ -10,8 +10,6 @@ from sliming.evaluation.question import Benchmark, Question, load_rows, need, ra
 from sliming.guard import read_text
 from sliming.records import RecordError
 
-# ------------------------------------------------------------------------------------------ MME
-
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene",
               "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation",
@@ -39,7 +37,7 @@ class MME(Benchmark):
         """MME_Benchmark_release_version, or eval_tool's folder of one <category>.txt each, with
         lines of image, question and answer; or LLaVA's llava_mme.jsonl with one of them."""
         if path.suffix == ".jsonl":
-            yield from (question for question, _ in self.llava(path, truth))
+            yield from self.llava(path, truth)
             return
         for category, image, text, answer, file in self.read_lines(path):
             answer = answer.strip()
@@ -59,16 +57,14 @@ class MME(Benchmark):
         folder holds the images and, per image, a .txt, together or in folders of their own."""
         found = []
         for category in (*PERCEPTION, *COGNITION):
-            listed, folder = path / f"{category}.txt", path / category / "questions_answers_YN"
-            if listed.is_file():
-                files = [(listed, [])]
-            else:
-                folder = folder if folder.is_dir() else path / category
-                files = [(file, [file.stem]) for file in sorted(folder.glob("*.txt"))]
-            for file, image in files:
-                for line in read_text(file).splitlines():
-                    cells = [*image, *line.split("\t"), "", ""][:3]
-                    found += [(category, *cells, file)] if line.strip() else []
+            files = [path / f"{category}.txt"]
+            if not files[0].is_file():
+                inner = path / category / "questions_answers_YN"
+                files = sorted((inner if inner.is_dir() else inner.parent).glob("*.txt"))
+            for file in files:
+                image = [] if file.stem == category and file.parent == path else [file.stem]
+                for line in filter(str.strip, read_text(file).splitlines()):
+                    found.append((category, *[*image, *line.split("\t"), "", ""][:3], file))
         if not found:
             raise RecordError(f"{path}: no MME category in it, neither <category>.txt nor "
                               "<category>/*.txt")
@@ -98,9 +94,6 @@ class MME(Benchmark):
         return [("category", *part, "") for part in numbers["categories"].items()]
 
 
-# ----------------------------------------------------------------------------------------- POPE
-
-
 def pope_answer(prediction: str) -> str:
     """"no" if No, no or not is a word of the first sentence, else "yes"."""
     words = prediction.split(".")[0].replace(",", "").split(" ")
@@ -117,7 +110,7 @@ class POPE(Benchmark):
     def read(self, path: Path, truth: Path | None) -> Iterator[Question]:
         """One or a folder of coco_pope_*.json, or LLaVA's llava_pope_test.jsonl with it."""
         if path.suffix == ".jsonl":
-            yield from (question for question, _ in self.llava(path, truth))
+            yield from self.llava(path, truth)
             return
         files = sorted(path.glob("coco_pope_*.json")) if path.is_dir() else [path]
         if not files:
@@ -160,8 +153,6 @@ class POPE(Benchmark):
         return [("part", part, 100 * value["f1"], value["n"])
                 for part, value in numbers["parts"].items() if part]
 
-
-# ---------------------------------------------------------------------------------------- AMBER
 
 KINDS = {"discriminative-hallucination": "existence", "discriminative-attribute-state": "state",
          "discriminative-attribute-number": "number", "discriminative-attribute-action": "action"}

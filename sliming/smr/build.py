@@ -19,14 +19,14 @@ import multiprocessing
 import os
 import sys
 import threading
-import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+
+from tqdm import tqdm
 
 from sliming.chat import IMAGE
 from sliming.config import COUNT, PROCESSES, SEED, Parser
@@ -68,13 +68,10 @@ def image_of(item: Candidate | Drop) -> str:
 
 def judged(candidates: Iterable[Candidate | Drop], workers: int) -> Iterator[Judged]:
     """(candidate, answer, drop, look) in the order of `candidates`, judged by `workers` processes
-    (1: in this one).
-
-    Only a few chunks are under way at any time, and an image that many questions share is looked at
-    once.
-    """
-    def resolve(chunk: list, future: Future | tuple) -> Iterator[Judged]:
-        judgements, new = future.result() if isinstance(future, Future) else future
+    (1: in this one). Few chunks are under way at any time, and an image that many questions share
+    is looked at once."""
+    def resolve(chunk: list, future: Future) -> Iterator[Judged]:
+        judgements, new = future.result()
         looks.update(new)
         for item, (answer, drop) in zip(chunk, judgements, strict=True):
             yield item, answer, drop, looks.get(image_of(item))
@@ -84,8 +81,9 @@ def judged(candidates: Iterable[Candidate | Drop], workers: int) -> Iterator[Jud
     ahead = 3 * workers  # chunks under way; what they may need is never among the oldest looks
     limit = REMEMBERED + 2 * CHUNK * (ahead + 2)
     items, looks, known, waiting = iter(candidates), OrderedDict(), set(), deque()
-    with (ProcessPoolExecutor(workers, initializer=end_with_parent) if workers > 1
-          else nullcontext()) as pool:
+    pool = (ProcessPoolExecutor(workers, initializer=end_with_parent) if workers > 1
+            else ThreadPoolExecutor(1))
+    try:
         while chunk := list(islice(items, CHUNK)):
             names = dict.fromkeys(filter(None, map(image_of, chunk)))
             for name in names:
@@ -93,13 +91,13 @@ def judged(candidates: Iterable[Candidate | Drop], workers: int) -> Iterator[Jud
                     looks.move_to_end(name)  # it will be wanted when this chunk is resolved
             fresh = [name for name in names if name not in known]
             known.update(fresh)
-            alone = not isinstance(pool, Executor)
-            waiting.append((chunk, judge(chunk, fresh) if alone
-                            else pool.submit(judge, chunk, fresh)))
+            waiting.append((chunk, pool.submit(judge, chunk, fresh)))
             if len(waiting) > ahead:
                 yield from resolve(*waiting.popleft())
         while waiting:
             yield from resolve(*waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not judge what is under way
 
 
 # ------------------------------------------------------------------------------------- the result
@@ -186,13 +184,11 @@ class Ledger:
 def build(source: str, folder: Path, out: Path, *, root: Path | None = None,
           exclude: Iterable[Path] = (), selection: Selection | None = None, workers: int = 1,
           say: bool = False) -> dict:
-    """Appends the records of `source` to `out` and the dropped ones to `out` with the suffix
-    .dropped.jsonl.
+    """Appends the records of `source` to `out`, and the dropped ones to its .dropped.jsonl.
 
-    Returns {"built": new records, "kept": records that `out` had already, "stale": records that
-    `out` has and this build would drop (it was built with less excluded), "dropped": {reason:
-    count}, "passed over": {reason: count}}. RecordError for a folder or file of another kind; what
-    was built before that is kept.
+    Returns {"built": new records, "kept": records that `out` had, "stale": records that it has and
+    this build would drop (it was built with less excluded), "dropped" and "passed over": {reason:
+    count}}. RecordError for a folder or file of another kind; what was built before it is kept.
     """
     selection = check(source, folder, selection or Selection())
     folder, root = folder.resolve(), (root or folder.resolve().parent).resolve()
@@ -207,13 +203,9 @@ def build(source: str, folder: Path, out: Path, *, root: Path | None = None,
         print(*excluded.said, sep="\n", end="\n" if excluded.said else "", file=sys.stderr)
 
     def until_broken() -> Iterator[Candidate | Drop]:
-        said = started = time.monotonic()
         try:
-            for number, item in enumerate(SOURCES[source].read(folder, selection)):
-                yield item
-                if say and (now := time.monotonic()) - said > 10:
-                    said, speed = now, number / (now - started) * 60
-                    print(f"{source}: {number:,} records, {speed:,.0f} a minute", file=sys.stderr)
+            yield from tqdm(SOURCES[source].read(folder, selection), desc=source, unit="record",
+                            mininterval=1 if sys.stderr.isatty() else 10, disable=not say)
         except RecordError as error:
             broken.append(error)  # raised when everything before it is written
 

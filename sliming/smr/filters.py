@@ -2,9 +2,7 @@
 given answer, an image that shows something and belongs to the text, and no place in an evaluation
 set. These are the filters that Sec. 2.4 names, as far as a rule can tell.
 
-Two things differ from the paper: reasoning that does not reach the given answer is dropped (the
-paper had GPT-4V write it anew), and reasoning over options which spells out none of them is closed
-with a sentence that names the given one.
+Differences from the paper: README.md beside this.
 
 Legend: H, W image height and width in pixels.
 """
@@ -14,14 +12,15 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from sliming.chat import IMAGE, OPTION_LETTER, SINGLE_WORD
 from sliming.evaluation.formats import LETTERS
-from sliming.evaluation.latex import NO_VALUE, arithmetic
+from sliming.evaluation.latex import arithmetic
 from sliming.guard import open_file
 from sliming.images import open_image
 from sliming.records import RecordError, elements, lines
@@ -82,7 +81,7 @@ NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twe
 CONCLUSION = (r"(?:answer is|answer:|故选)\s*[:：]?\s*(?:option\s*)?\(?([A-H])"
               r"(?=\s*(?:[.):,;。，]|$))")
 BRACED = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
-UNIT = r"(?: ?[a-zA-Z]+ ?\d?)?"
+UNIT = r"(?: ?(?!and |or )[a-zA-Z]+ ?\d?)?"
 
 
 def plain(text: str) -> str:
@@ -119,7 +118,7 @@ def value(formula: str) -> float | None:
         formula = boxed[1]
     try:
         return float(arithmetic(formula.strip(" $").rstrip(" $.,")))
-    except NO_VALUE:
+    except (ValueError, OverflowError):
         return None
 
 
@@ -141,24 +140,27 @@ def conclude(candidate: Candidate) -> tuple[str, str]:
 
     Reasoning must have the gold answer among its last characters, or a formula of its value. Over
     options it may have none of them (`yes` and `no` are rarely spelled out), but not another one,
-    and a letter that it concludes with must be the gold one.
+    unless it rules out all three or more of them, or gold stands for others ("all of these"). A
+    letter that it concludes with must be the gold one.
     """
     answer, gold = candidate.answer.rstrip(), candidate.gold
-    tail = plain(answer)[-TAIL:]
+    solution = re.split(r"[(\[]Alternatively\b", answer)[0]  # a second one, behind the answer
+    tail = plain(solution)[-TAIL:]
     closed = f"{answer}\n{candidate.closing}"
     if candidate.letter and (said := re.findall(CONCLUSION, tail)):
         if said[-1] != candidate.letter:
             return "", f"it concludes with {said[-1]}, the answer is {candidate.letter}"
         return answer, ""
-    if stands_in(plain(gold), tail) or comes_to(gold, answer):
+    if stands_in(plain(gold), tail) or comes_to(gold, solution):
         return closed if candidate.always or gold not in answer[-TAIL:] else answer, ""
     if not candidate.letter:
         return "", f"the answer {gold[:60]!r} is not at its end"
-    for text in candidate.others:
-        spelled_out = text.lower() not in ("yes", "no", "true", "false")
-        if spelled_out and stands_in(plain(text), tail):
-            return "", f"it ends in {text[:60]!r}, the answer is {gold[:60]!r}"
-    return closed, ""
+    named = [text for text in candidate.others if stands_in(plain(text), tail)
+             and text.lower() not in ("yes", "no", "true", "false")]
+    ruled_out = len(named) == len(candidate.others) > 2
+    if not named or ruled_out or re.match(r"(?:all|any|both|either)\b", gold.lower()):
+        return closed, ""
+    return "", f"it ends in {named[0][:60]!r}, the answer is {gold[:60]!r}"
 
 
 def judge_text(item: Candidate | Drop) -> tuple[str, Drop | None]:
@@ -194,16 +196,11 @@ class Look:
 
 def sharp_pixels(grey: Image.Image) -> int:
     """How many pixels of a grey image [H, W] lie at a sharp edge: 8-neighbour Laplacian of at least
-    SHARP times the contrast.
-
-    An edge of contrast C between two pixels has a Laplacian of up to 3 C, one blurred with a
-    Gaussian of s pixels 0.7 C / s^2. It is their number that counts, not their share: a drawing may
-    be a few lines on a large sheet.
+    SHARP times the contrast C. (An edge between two pixels has up to 3 C, one blurred with a
+    Gaussian of s pixels 0.7 C / s^2. No share is taken: a drawing may be a few lines on a sheet.)
     """
     low, high = grey.getextrema()
-    pixels = np.asarray(grey).astype(np.int16)                              # [H, W]
-    rows = pixels[:, :-2] + pixels[:, 1:-1] + pixels[:, 2:]                 # [H, W-2]
-    laplacian = 9 * pixels[1:-1, 1:-1] - rows[:-2] - rows[1:-1] - rows[2:]  # [H-2, W-2]
+    laplacian = np.asarray(grey.filter(ImageFilter.FIND_EDGES))[1:-1, 1:-1]  # [H-2, W-2], 0 to 255
     return int(np.count_nonzero(laplacian >= math.ceil(SHARP * (high - low))))
 
 
@@ -270,8 +267,7 @@ class Excluded:
     def add(self, path: Path) -> None:
         """Reads a JSON or JSONL file of questions, and those images that it names and that are
         there. RecordError where no question is found."""
-        looks: dict[Path, Look] = {}
-        count = named = found = 0
+        look_once, count, named, found = cache(look_at), 0, 0, 0
         for entry in entries_of(path):
             question, answer = asked_in(entry)
             name = text_in(entry, "image", "imgname", "img_path")
@@ -279,12 +275,10 @@ class Excluded:
                 continue
             image = find_image(path.parent, name)
             count, named, found = count + 1, named + bool(name), found + bool(image)
-            if image and image not in looks:
-                looks[image] = look_at(str(image))
-            look = looks.get(image)
-            if look and look.pixels:
+            look = look_once(str(image)) if image else Look()
+            if look.pixels:
                 self.images[look.pixels] = path.name
-            asked = Asked(look.thumbnail if look and look.pixels else None, answer, path.name)
+            asked = Asked(look.thumbnail if look.pixels else None, answer, path.name)
             known = self.questions.setdefault(question_key(question), [])
             if asked not in known:
                 known.append(asked)

@@ -1,42 +1,110 @@
 """The raw layouts of SMR's ten sources, one reader each (Sec. 2.4, Appendix B).
 
-    SOURCES[name].read(folder, selection) -> Candidate or Drop, one per question
-
 A record that does not have its source's form becomes a Drop; RecordError for a file or a choice
-that cannot be used. Files are read as a stream, so memory does not grow with them. What the
-selection passes over is counted in `Selection.passed_over`.
-
-Where each layout is documented, and what of it no real file has confirmed: README.md beside this.
+that cannot be used. Files are read as a stream, so memory does not grow with them. Where each
+layout is documented, and what of it no real file has confirmed: README.md beside this.
 """
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from sliming.chat import DETAIL_PROMPTS, SINGLE_WORD
+from sliming.chat import DETAIL_PROMPTS, OPTION_LETTER, SINGLE_WORD
 from sliming.evaluation import formats
 from sliming.evaluation.formats import LETTERS, place_of, texts
-from sliming.guard import read_text
-from sliming.records import RecordError, elements, inside
-from sliming.smr.candidates import (
-    Candidate,
-    Drop,
-    Found,
-    Selection,
-    choice,
-    guarded,
-    lettered,
-    load,
-    options_of,
-    right,
-    rows,
-    stripped,
-    word,
-)
+from sliming.guard import open_file, read_text
+from sliming.records import RecordError, elements, inside, parse
+from sliming.smr.candidates import Candidate, Drop, Selection
+
+Found = Iterator[Candidate | Drop]
+
+# ------------------------------------------------------------------------- records and their fields
+
+
+def guarded(name: str, make: Callable[..., Candidate], *arguments: object) -> Candidate | Drop:
+    """`make(*arguments)`, or a Drop that says what is missing or wrong in the record."""
+    try:
+        for argument in arguments:
+            if isinstance(argument, RecordError):
+                raise argument  # its line or file could not be read
+        return make(*arguments)
+    except KeyError as error:
+        return Drop(name, "malformed", f"no field {error.args[0]!r}")
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        return Drop(name, "malformed", (str(error) or type(error).__name__).splitlines()[0])
+
+
+def rows(path: Path) -> Iterator[tuple[int, object]]:
+    """Line number and value of a JSONL file; a broken line's value is its RecordError."""
+    try:
+        with open_file(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, parsed(line, path, number)
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def load(path: Path) -> object:
+    """A small JSON file; what is wrong with it is returned, for `guarded`."""
+    try:
+        with open_file(path) as file:
+            return parsed(file.read(), path, 1)
+    except OSError as error:
+        return RecordError(f"{path}: cannot be read ({error.strerror})")
+
+
+def parsed(text: bytes, path: Path, number: int) -> object:
+    try:
+        return parse(text, path, number)
+    except RecordError as error:
+        return error
+
+
+def stripped(name: str, entry: object, *keys: str) -> list[str]:
+    """Fields that must be text, or a number that is taken as such."""
+    return [text.strip() for text in texts(name, entry, *keys)]
+
+
+def options_of(given: object) -> list[str]:
+    """At least two options, without letters of their own if all have one: "A) red" is "red"."""
+    if not isinstance(given, list) or not 2 <= len(given) <= len(LETTERS):
+        raise RecordError(f"options must be a list of 2 to 26 texts, not {str(given)[:60]!r}")
+    options = [str(text).strip() for text in given]
+    matches = [re.match(rf"\(?{LETTERS[at]}\s*[).:]\s*(.*)", text, re.DOTALL)
+               for at, text in enumerate(options)]
+    return [match[1].strip() for match in matches] if all(matches) else options
+
+
+def lettered(options: list[str], form: str = "{}. {}") -> str:
+    return "".join("\n" + line for line in map(form.format, LETTERS, options))
+
+
+def right(options: list[str], place: int | None) -> dict:
+    """A Candidate's fields about its options."""
+    if place is None:
+        return {}
+    return {"gold": options[place], "letter": LETTERS[place],
+            "others": tuple(options[:place] + options[place + 1:])}
+
+
+def choice(name: str, image: Path | None, question: str, options: list[str], place: int,
+           before: str = "", **more: object) -> Candidate:
+    """A question that is answered with an option's letter; `before` it stands what helps."""
+    prompt = before + question + lettered(options) + "\n" + OPTION_LETTER
+    return Candidate(name, image, question, prompt, LETTERS[place],
+                     **right(options, place), **more)
+
+
+def word(name: str, image: Path, question: str, answer: str, **more: object) -> Candidate:
+    """A question that is answered with a word or a number."""
+    prompt = question + "\n" + SINGLE_WORD
+    return Candidate(name, image, question, prompt, answer, gold=answer, **more)
+
 
 # -------------------------------------------------------- ScienceQA, TabMWP, ChartQA, MATH-Vision
 
@@ -117,20 +185,19 @@ def math_vision(folder: Path, selection: Selection) -> Found:
     def make(number: int, entry: dict) -> Candidate:
         row = formats.math_vision(number, entry)
         name, image = f"math-vision-{row.id}", inside(folder, row.image)
-        question, gold = unescaped(row.question), unescaped(row.answer)
-        options, letters = [*map(unescaped, row.options)], list(LETTERS[:len(row.options)])
+        asked, gold, solution, *options = formats.as_meant(
+            row.question, row.answer, entry.get("solution") or "", *row.options)
+        letters = list(LETTERS[:len(options)])
         bare = [option.strip("(). ") for option in options] == letters  # they are in the picture
         fields = right(letters if bare else options, row.place) or {"gold": gold}
-        # Several pictures of a problem are one image, in which each bears its mark. One has none.
-        asked = question if "<image2>" in question else re.sub(r"[ \t]*\n?<image1>", "", question)
-        prompt = asked.strip() + ("" if bare else lettered(options, "({}) {}"))
+        prompt = asked + ("" if bare else lettered(options, "({}) {}"))
         said = row.letter or gold
-        solution = re.sub(r"!\[[^\]]*\]\([^)]*\)|\[asy\].*?\[/asy\]", "",
-                          unescaped(entry.get("solution") or ""), flags=re.DOTALL).strip()
+        pictures = r"!\[[^\]]*\]\([^)]*\)|\[asy\].*?\[/asy\]"
+        solution = re.sub(pictures, "", solution, flags=re.DOTALL).strip()
         if not solution:
-            return Candidate(name, image, question, f"{prompt}\n{SINGLE_WORD}", said, **fields)
-        return Candidate(name, image, question, prompt, solution, **fields, always=bool(options),
-                         closing=f"So the answer is {said}.")
+            return Candidate(name, image, row.question, f"{prompt}\n{SINGLE_WORD}", said, **fields)
+        return Candidate(name, image, row.question, prompt, solution, **fields,
+                         always=bool(options), closing=f"So the answer is {said}.")
 
     mini = folder / "data" / "testmini.jsonl"
     if not mini.exists():
@@ -144,20 +211,6 @@ def math_vision(folder: Path, selection: Selection) -> Found:
                 selection.passed_over["in testmini (evaluation)"] += 1
             else:
                 yield guarded(f"math-vision-line-{number}", make, number, entry)
-
-
-# LaTeX commands whose names begin with n, which a literal \n may be the beginning of.
-N_COMMANDS = ("(?:abla|atural|e|earrow|eg|eq|ewline|exists|geq|i|leq|mid|onumber|ormalsize|ot|otin|"
-              "parallel|u|warrow)")
-
-
-def unescaped(text: str) -> str:
-    r"""MATH-Vision's text as it was meant: line breaks for its literal \n, and the backslash of a
-    \frac of which its JSON makes a form feed."""
-    text = text.replace("\f", r"\f")
-    # Two backslashes before the n: one of them ends a row of LaTeX.
-    return re.sub(rf"(\\*)\\n(?!{N_COMMANDS}(?![A-Za-z]))",
-                  lambda match: "\\\\\n" if match[1] else "\n", text).strip()
 
 
 # ------------------------------------------------------ ArxivQA, TextbookQA, GeoQA, Geometry3K

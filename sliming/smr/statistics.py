@@ -1,7 +1,6 @@
 """What a file of SMR holds: counts beside the paper's, and the lengths of Figure 4."""
 
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,12 +16,11 @@ PERCENTILE = 99      # Figure 4 draws the interval in which this share of the re
 
 @dataclass
 class Lengths:
-    """How many records of a source have a query and an answer of how many words."""
+    """How many of a source's records have images, and how many words their texts have."""
 
-    records: int = 0
     images: int = 0
-    query: Counter = field(default_factory=Counter)    # words -> records
-    answer: Counter = field(default_factory=Counter)
+    query: list[int] = field(default_factory=list)    # of each record
+    answer: list[int] = field(default_factory=list)
 
 
 def words(text: str) -> int:
@@ -40,25 +38,19 @@ def lengths(path: Path) -> dict[str, Lengths]:
             raise RecordError(f"{path}, line {number}: {error}") from error
         name = next((name for name in SOURCES if str(record.get("id")).startswith(f"{name}-")),
                     "others")
-        rounds = len(turns) // 2
+        counts = [words(turn["value"]) for turn in turns]
         for entry in (found[name], found["all"]):
-            entry.records += 1
             entry.images += bool(images)
-            entry.query[round(sum(words(turn["value"]) for turn in turns[0::2]) / rounds)] += 1
-            entry.answer[round(sum(words(turn["value"]) for turn in turns[1::2]) / rounds)] += 1
-    if not found["all"].records:
+            entry.query.append(round(np.mean(counts[0::2])))
+            entry.answer.append(round(np.mean(counts[1::2])))
+    if not found["all"].query:
         raise RecordError(f"{path}: no records in it")
-    return {name: entry for name, entry in found.items() if entry.records}
+    return {name: entry for name, entry in found.items() if entry.query}
 
 
-def quantile(counts: Counter, percent: float) -> int:
-    """The smallest length that `percent` of the records do not exceed."""
-    rest = counts.total() * percent / 100
-    for length in sorted(counts):
-        rest -= counts[length]
-        if rest <= 1e-9:
-            return length
-    return 0
+def end(counts: list[int]) -> int:
+    """The smallest length that PERCENTILE % of the records do not exceed."""
+    return int(np.percentile(counts, PERCENTILE, method="inverted_cdf"))
 
 
 def table(found: dict[str, Lengths]) -> str:
@@ -66,13 +58,11 @@ def table(found: dict[str, Lengths]) -> str:
     rows = [("source", "records", "paper", "images", "query", "99 %", "answer", "99 %",
              "answer <= 5")]
     for name, entry in found.items():
-        row = [name, f"{entry.records:,}", SOURCES[name].paper if name in SOURCES else "",
+        row = [name, f"{len(entry.query):,}", SOURCES[name].paper if name in SOURCES else "",
                f"{entry.images:,}"]
         for counts in (entry.query, entry.answer):
-            mean = sum(length * count for length, count in counts.items()) / entry.records
-            row += [f"{mean:.1f}", str(quantile(counts, PERCENTILE))]
-        short = sum(count for length, count in entry.answer.items() if length <= 5)
-        rows.append((*row, f"{short / entry.records:.0%}"))
+            row += [f"{np.mean(counts):.1f}", str(end(counts))]
+        rows.append((*row, f"{np.mean(np.array(entry.answer) <= 5):.0%}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
                      for row in rows)
@@ -85,16 +75,14 @@ def plot(found: dict[str, Lengths], path: Path) -> None:
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for panel, part in zip(panels, ("query", "answer"), strict=True):
-        end = max(quantile(getattr(found["all"], part), PERCENTILE), 1)
-        edges = np.unique(np.linspace(0.5, end + 0.5, 31).round() - 0.5)  # bins of whole words
+        last = max(end(getattr(found["all"], part)), 1)
+        edges = np.unique(np.linspace(0.5, last + 0.5, 31).round() - 0.5)  # bins of whole words
         for number, (name, entry) in enumerate(found.items()):
             counts = getattr(entry, part)
-            weights = np.array(list(counts.values())) / entry.records
-            shares, _ = np.histogram(list(counts), edges, weights=weights)
             color, width = ("black", 2.2) if name == "all" else (f"C{number}", 1.1)
-            panel.stairs(shares, edges, label=f"{name} ({entry.records:,})", baseline=None,
-                         color=color, linewidth=width)
-        panel.set(xlabel=f"words of the {part} (up to {end}: {PERCENTILE} % of all records)",
+            panel.stairs(np.histogram(counts, edges)[0] / len(counts), edges, baseline=None,
+                         label=f"{name} ({len(counts):,})", color=color, linewidth=width)
+        panel.set(xlabel=f"words of the {part} (up to {last}: {PERCENTILE} % of all records)",
                   ylabel="share of the source's records", xlim=(edges[0], edges[-1]),
                   ylim=(0, None))
         panel.spines[["top", "right"]].set_visible(False)
