@@ -25,6 +25,8 @@ def main() -> None:
     run.add_argument("--seeds", type=COUNT, default=5, help="trainings of each arm")
     run.add_argument("--jobs", type=PROCESSES, default=os.cpu_count(),
                      help="trainings at a time, a core each")
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                     help="cuda: all trainings share one GPU")
     run.add_argument("--quick", action="store_true", help="one seed, fewer steps, no choice of "
                      "learning rates")
     arguments = parser.parse_args()
@@ -44,7 +46,8 @@ def main() -> None:
     if unknown:
         raise InputError(f"no arm {', '.join(unknown)}; `python -m sliming.lab` lists them")
     setting, seeds = (lab.QUICK, 1) if arguments.quick else (lab.Setting(), arguments.seeds)
-    lab.run(arguments.out, setting, arguments.arms or list(ARMS), seeds, arguments.jobs)
+    lab.run(arguments.out, setting, arguments.arms or list(ARMS), seeds, arguments.jobs,
+            arguments.device)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ class Setting:
     steps: tuple[int, int, int] = (140, 120, 180)          # of lessons 1, 2, 3
     pictures: tuple[int, int, int] = (1024, 1024, 1024)    # of each lesson
     batch: int = 16
+    numbers: int = 20                                      # 10 and up, that are printed
     across_seams: bool = False
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)             # times the tiny preset's
     choice: float = 0.4                                    # share of the steps to choose a rate by
@@ -102,9 +103,10 @@ class Pictures:
     def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
         lesson = self.split.removeprefix("lesson")
         if lesson.isdigit():
-            return lessons(self.setting, int(lesson)).scene(index)
+            return Lessons.of(self.setting, int(lesson)).scene(index)
         rng = generator("held-out", len(FAMILIES) + (self.split == "test"), index)
-        return sample_scene(rng, across_seams=self.setting.across_seams), rng
+        scene = sample_scene(rng, across_seams=self.setting.across_seams)
+        return fewer_numbers(scene, self.setting.numbers), rng
 
     @cache  # noqa: B019 (a handful of objects, which live as long as the process)
     def features(self, chunk: int) -> Features:
@@ -122,8 +124,26 @@ def untrained() -> SliME:
     return SliME.from_backbones(PRESETS["tiny"].model).eval()
 
 
-def lessons(setting: Setting, lesson: int, detail: float = 0.5) -> TrainingSet:
-    return TrainingSet(lesson, 0, setting.pictures[lesson - 1], detail, setting.across_seams)
+@dataclass(frozen=True)
+class Lessons(TrainingSet):
+    """The built-in training records, with fewer numbers."""
+
+    numbers: int = 90
+
+    @classmethod
+    def of(cls, setting: Setting, lesson: int, detail: float = 0.5) -> "Lessons":
+        return cls(lesson, 0, setting.pictures[lesson - 1], detail, setting.across_seams,
+                   setting.numbers)
+
+    def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
+        scene, rng = super().scene(index)
+        return fewer_numbers(scene, self.numbers), rng
+
+
+def fewer_numbers(scene: Scene, numbers: int) -> Scene:
+    """Only 10 .. 9 + `numbers` are printed: what is to be learned, a word for each, is less."""
+    return replace(scene, items=tuple(replace(item, number=10 + item.number % numbers)
+                                      for item in scene.items))
 
 
 class Records:
@@ -135,7 +155,7 @@ class Records:
     def __init__(self, folder: Path, setting: Setting, arm: Arm, turn: Turn, seed: int,
                  share: float):
         self.seed = seed
-        self.sets = {n: lessons(setting, n, arm.detail) for n in turn.lessons}
+        self.sets = {n: Lessons.of(setting, n, arm.detail) for n in turn.lessons}
         self.pictures = {n: Pictures(folder, setting, f"lesson{n}") for n in turn.lessons}
         self.order = []  # of (lesson, picture, number of the record)
         for n in turn.lessons:
@@ -188,7 +208,7 @@ def ask(model: SliME, pictures: Pictures, views: tuple[str, ...]) -> dict:
         for start in range(0, pictures.count, ASKED):
             torch.manual_seed(start)  # of tokens at random
             end = min(start + ASKED, pictures.count)
-            batch = pack(questions(pictures, family, start, end), model)
+            batch = pack(questions(pictures, family, start, end), model).to(model.device)
             whole, crops = model.encode(batch)
             for view in views:
                 seen = {"both": (whole, crops), "global": (whole, crops[:0]),
@@ -229,7 +249,8 @@ def watched(kind: type[SliME], probe: Batch, every: int, curve: list[dict]) -> t
 # --------------------------------------------------------------------------------------- one job
 
 
-def train_and_ask(folder: Path, setting: Setting, job: Job, rate: float) -> dict:
+def train_and_ask(folder: Path, setting: Setting, job: Job, rate: float,
+                  device: str = "cpu") -> dict:
     """The row of one training."""
     arm, trying = ARMS[job.arm], job.rate is not None
     share = setting.choice if trying else 1.0
@@ -246,17 +267,17 @@ def train_and_ask(folder: Path, setting: Setting, job: Job, rate: float) -> dict
     if job.arm.removesuffix("-rare") in WATCHED and not trying:
         asked = Pictures(folder, setting, "validation")
         probe = pack([one for family in FAMILIES for one in questions(asked, family, 0, 12)],
-                     untrained())
+                     untrained()).to(device)
         kind = watched(kind, probe, max(1, sum(steps) // PROBES), curve)
     out = folder / "work" / f"{job.arm}-{job.seed}-{job.rate}"
     shutil.rmtree(out, ignore_errors=True)
     curves = []
     for n, turn in enumerate(arm.turns, 1):
         config = TrainConfig(preset="lab", out=str(out), seed=job.seed, save_every=2**31, workers=0)
-        train_stage(config, n, torch.device("cpu"), kind,
+        train_stage(config, n, torch.device(device), kind,
                     Records(folder, setting, arm, turn, job.seed, share))
         curves += resume(out / f"stage{n}" / "metrics.jsonl")
-    model = arm.kind.from_pretrained(out / f"stage{len(arm.turns)}")
+    model = arm.kind.from_pretrained(out / f"stage{len(arm.turns)}").to(device)
     shutil.rmtree(out)
     took = [row["tokens"] / row["tokens_per_second"] for row in curves]
     split = Pictures(folder, setting, "validation" if trying else "test")
@@ -358,7 +379,8 @@ class Plan:
                 return job
 
 
-def run(folder: Path, setting: Setting, arms: list[str], seeds: int, jobs: int) -> None:
+def run(folder: Path, setting: Setting, arms: list[str], seeds: int, jobs: int,
+        device: str = "cpu") -> None:
     """Trains and asks what is not in the folder yet."""
     folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder):
@@ -372,7 +394,7 @@ def run(folder: Path, setting: Setting, arms: list[str], seeds: int, jobs: int) 
             job = plan.following()
             log = folder / "work" / f"{job.name}.log" if job else None
             return job and (job, log, train_and_ask,
-                            (folder, setting, job, job.rate or plan.rate(job.arm)))
+                            (folder, setting, job, job.rate or plan.rate(job.arm), device))
 
         wanted = plan.wanted()
         before = {Job(row["arm"], row["seed"], row["rate"]) for row in plan.rows}
