@@ -266,7 +266,8 @@ def train_and_ask(folder: Path, setting: Setting, job: Job, rate: float,
     kind.steps = sum(steps)
     if job.arm.removesuffix("-rare") in WATCHED and not trying:
         asked = Pictures(folder, setting, "validation")
-        probe = pack([one for family in FAMILIES for one in questions(asked, family, 0, 12)],
+        probe = pack([one for family in FAMILIES for one in
+                      questions(asked, family, 0, min(12, asked.count))],
                      untrained()).to(device)
         kind = watched(kind, probe, max(1, sum(steps) // PROBES), curve)
     out = folder / "work" / f"{job.arm}-{job.seed}-{job.rate}"

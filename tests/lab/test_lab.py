@@ -109,7 +109,7 @@ def test_soft_turns_damp_one_view_and_change_no_number(model):
         model.seen = seen
         output = model(batch)
         output.loss.backward()
-        return float(output.loss), [part.query.grad.norm() for part in
+        return output.loss.item(), [part.query.grad.norm() for part in
                                     (model.adapter.query_former, model.compression)]
 
     loss, plain = gradients(model, 0)
@@ -126,11 +126,11 @@ def test_the_balanced_loss_adds_the_worse_view(model):
     batch = Batch.pack([run.load_sample(r, None, "chat", model.processor) for r in records])
     batch = replace(batch, gate_noise=torch.zeros(2, 64, 2))
     visual = balanced.see(batch)
-    plain = [float(arms.SliME.forward(balanced, batch, visual=one).loss) for one in
+    plain = [arms.SliME.forward(balanced, batch, visual=one).loss.item() for one in
              (visual, replace(visual, local=[], keep=[]), replace(visual, whole=visual.whole[:0]))]
-    assert float(balanced(batch, visual=visual).loss) == pytest.approx(
+    assert balanced(batch, visual=visual).loss.item() == pytest.approx(
         plain[0] + 0.5 * max(plain[1:]), rel=1e-5)
-    assert float(balanced.eval()(batch, visual=visual).loss) == pytest.approx(plain[0], rel=1e-5)
+    assert balanced.eval()(batch, visual=visual).loss.item() == pytest.approx(plain[0], rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------ records
