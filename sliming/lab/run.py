@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -270,8 +271,7 @@ def train_and_ask(folder: Path, setting: Setting, job: Job, rate: float,
                       questions(asked, family, 0, min(12, asked.count))],
                      untrained()).to(device)
         kind = watched(kind, probe, max(1, sum(steps) // PROBES), curve)
-    out = folder / "work" / f"{job.arm}-{job.seed}-{job.rate}"
-    shutil.rmtree(out, ignore_errors=True)
+    out = Path(tempfile.mkdtemp(prefix=f"{job.arm}-", dir=folder / "work"))
     curves = []
     for n, turn in enumerate(arm.turns, 1):
         config = TrainConfig(preset="lab", out=str(out), seed=job.seed, save_every=2**31, workers=0)
@@ -386,7 +386,8 @@ def run(folder: Path, setting: Setting, arms: list[str], seeds: int, jobs: int,
     folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder):
         same_setting(folder, setting)
-        (folder / "work").mkdir(exist_ok=True)
+        shutil.rmtree(folder / "work", ignore_errors=True)  # of a run that was killed
+        (folder / "work").mkdir()
         read_pictures(folder, setting, jobs)
         results, failed = folder / "results.jsonl", []
         plan = Plan(setting, arms, seeds, resume(results))

@@ -157,6 +157,7 @@ def test_every_schedule_learns_from_the_same_records(monkeypatch, tmp_path):
 
 def test_features_and_pixels_give_the_same_row(stages, tmp_path, monkeypatch):
     job = Job("default", 0)
+    (tmp_path / "work").mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(Pictures, "__getitem__", slices)
         from_pixels = run.train_and_ask(tmp_path, SMALL, job, 1.0)
