@@ -125,9 +125,7 @@ def summary(rows: list[dict], setting: dict) -> dict:
         if row["rate"] is None:
             done.setdefault(row["arm"], {})[row["seed"]] = row
         else:
-            right = "".join(row["right"].values())
-            tried.setdefault(row["arm"], {})[str(row["rate"])] = round(
-                right.count("1") / len(right), 4)
+            tried.setdefault(row["arm"], {})[str(row["rate"])] = row["asked_loss"]
     arms = {}
     for name in (name for name in ARMS if name in done):
         arm, mine = ARMS[name], done[name]

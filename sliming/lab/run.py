@@ -57,18 +57,18 @@ WATCHED = ("default", "joined", "e2e")
 class Setting:
     """What all arms of a folder have in common."""
 
-    steps: tuple[int, int, int] = (140, 120, 180)          # of lessons 1, 2, 3
+    steps: tuple[int, int, int] = (80, 80, 60)             # of lessons 1, 2, 3
     pictures: tuple[int, int, int] = (1024, 1024, 1024)    # of each lesson
     batch: int = 16
-    numbers: int = 20                                      # 10 and up, that are printed
+    numbers: int = 10                                      # 10 and up, that are printed
     across_seams: bool = False
-    rates: tuple[float, ...] = (0.5, 1.0, 2.0)             # times the tiny preset's
-    choice: float = 0.4                                    # share of the steps to choose a rate by
+    rates: tuple[float, ...] = (1.0, 2.0, 4.0)             # times the tiny preset's
+    choice: float = 1 / 3                                  # of the steps, to choose a rate by
     validation: int = 128                                  # pictures, with two questions each
     test: int = 256
 
 
-QUICK = Setting(steps=(60, 50, 80), pictures=(256, 256, 256), rates=(1.0,), test=64)
+QUICK = Setting(steps=(40, 40, 30), pictures=(256, 256, 256), rates=(2.0,), test=64)
 
 
 @dataclass(frozen=True)
@@ -200,11 +200,11 @@ def pack(records: list[dict], model: SliME) -> Batch:
 
 @torch.no_grad()
 def ask(model: SliME, pictures: Pictures, views: tuple[str, ...]) -> dict:
-    """{family/view: "0110..", a digit per picture}, and the mean number of an image's tokens with
-    the first of `views`."""
+    """Right answers, {family/view: "0110..", a digit per picture}; of the first of `views` also the
+    mean number of an image's tokens, and the mean loss."""
     model.eval()
     right = {f"{family}/{view}": "" for family in FAMILIES for view in views}
-    tokens = 0
+    tokens, losses = 0, []
     for family in FAMILIES:
         for start in range(0, pictures.count, ASKED):
             torch.manual_seed(start)  # of tokens at random
@@ -215,12 +215,15 @@ def ask(model: SliME, pictures: Pictures, views: tuple[str, ...]) -> dict:
                 seen = {"both": (whole, crops), "global": (whole, crops[:0]),
                         "local": (whole[:0], crops)}[view]
                 visual = model.see(batch, view, features=seen)
-                answers = exact_match(batch, model(batch, visual=visual).logits)
+                output = model(batch, visual=visual)
+                answers = exact_match(batch, output.logits)
                 right[f"{family}/{view}"] += "".join(str(int(answer)) for answer in answers)
                 if view == views[0]:
+                    losses.append(float(output.loss))
                     tokens += visual.whole.shape[:2].numel()
                     tokens += sum(int(keep.sum()) for keep in visual.keep)
-    return {"right": right, "tokens": tokens / (len(FAMILIES) * pictures.count)}
+    return {"right": right, "tokens": round(tokens / (len(FAMILIES) * pictures.count), 2),
+            "asked_loss": round(sum(losses) / len(losses), 5)}
 
 
 def watched(kind: type[SliME], probe: Batch, every: int, curve: list[dict]) -> type[SliME]:
@@ -358,13 +361,13 @@ class Plan:
     begun: set[Job] = field(default_factory=set)
 
     def rate(self, arm: str) -> float | None:
-        """The arm's learning rate: that with the most right answers about validation pictures;
-        None while they are not all tried."""
-        right = {row["rate"]: sum(digits.count("1") for digits in row["right"].values())
-                 for row in self.rows if row["arm"] == arm and row["rate"] is not None}
+        """The arm's learning rate: that with the least loss on questions about validation
+        pictures; None while they are not all tried."""
+        losses = {row["rate"]: row["asked_loss"] for row in self.rows
+                  if row["arm"] == arm and row["rate"] is not None}
         if len(self.setting.rates) == 1:
             return self.setting.rates[0]
-        return max(right, key=right.get) if len(right) == len(self.setting.rates) else None
+        return min(losses, key=losses.get) if len(losses) == len(self.setting.rates) else None
 
     def wanted(self) -> list[Job]:
         """All trainings, the most valuable first."""

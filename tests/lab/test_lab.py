@@ -208,8 +208,8 @@ def test_rates_are_chosen_first_then_seed_by_seed():
     assert [(job.arm, job.rate) for job in first[:4]] == [
         ("default", 0.5), ("default", 1.0), ("e2e", 0.5), ("e2e", 1.0)]
     assert first[4] is None  # no rate is known yet
-    for job, right in zip(first, ("10", "11", "11", "01"), strict=False):
-        rows.append({"arm": job.arm, "seed": 0, "rate": job.rate, "right": {"global/both": right}})
+    for job, loss in zip(first, (1.2, 0.8, 0.8, 1.2), strict=False):
+        rows.append({"arm": job.arm, "seed": 0, "rate": job.rate, "asked_loss": loss})
     assert plan.rate("default") == 1.0 and plan.rate("e2e") == 0.5
     rest = [plan.following() for _ in range(5)]
     assert rest[:4] == [Job("default", 0), Job("e2e", 0), Job("default", 1), Job("e2e", 1)]
