@@ -57,18 +57,18 @@ WATCHED = ("default", "joined", "e2e")
 class Setting:
     """What all arms of a folder have in common."""
 
-    steps: tuple[int, int, int] = (80, 80, 60)             # of lessons 1, 2, 3
+    steps: tuple[int, int, int] = (130, 130, 90)           # of lessons 1, 2, 3
     pictures: tuple[int, int, int] = (1024, 1024, 1024)    # of each lesson
-    batch: int = 16
+    batch: int = 8
     numbers: int = 10                                      # 10 and up, that are printed
     across_seams: bool = False
-    rates: tuple[float, ...] = (1.0, 2.0, 4.0)             # times the tiny preset's
+    rates: tuple[float, ...] = (0.75, 1.5, 3.0)            # times the tiny preset's
     choice: float = 1 / 3                                  # of the steps, to choose a rate by
     validation: int = 128                                  # pictures, with two questions each
     test: int = 256
 
 
-QUICK = Setting(steps=(40, 40, 30), pictures=(256, 256, 256), rates=(2.0,), test=64)
+QUICK = Setting(steps=(80, 80, 60), pictures=(256, 256, 256), rates=(1.5,), test=64)
 
 
 @dataclass(frozen=True)
