@@ -222,7 +222,8 @@ def test_wrong_words_get_one_line(tmp_path):
         done = command(*words)
         assert done.returncode and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "a").exists()
-    assert all(name in command().stdout for name in ARMS)
+    listed = command().stdout
+    assert all(f"{name} " in listed for name in ARMS)
 
 
 # ----------------------------------------------------------------------------------------- evidence
