@@ -17,7 +17,7 @@ at all. The noise of gate and router belongs to the record (data.py).
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -62,14 +62,16 @@ class Run:
     shares: Iterator[Share]
 
 
-def train_stage(config: TrainConfig, stage: int, device: torch.device) -> None:
+def train_stage(config: TrainConfig, stage: int, device: torch.device, kind: type[SliME] = SliME,
+                records: Sequence[dict] | None = None) -> None:
     """Trains one stage and writes its folder. Its last state stays in the folder's `resume`:
-    whoever runs several stages removes it when all are done.
+    whoever runs several stages removes it when all are done. `kind` and `records`: another model
+    and what it learns from, instead of the configuration's (lab/).
 
     Raises RecordError (data), CheckpointError and OSError (files), ValueError (settings that do not
     fit), FloatingPointError (loss or gradient not finite), Stopped (by a signal).
     """
-    run = set_up(config, stage, device)
+    run = set_up(config, stage, device, kind, records)
     with watch.Log(run.out, f"stage {stage}", run.first, run.steps, config.tensorboard) as log:
         for step in range(run.first, run.steps):
             began = time.perf_counter()
@@ -105,7 +107,8 @@ def learning_rate_scale(step: int, steps: int, warmup_ratio: float = 0.03) -> fl
 # ------------------------------------------------------------------------------------------- set up
 
 
-def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
+def set_up(config: TrainConfig, stage: int, device: torch.device, kind: type[SliME] = SliME,
+           records: Sequence[dict] | None = None) -> Run:
     """Everything before the first step: model, optimizer, states to go on from, data."""
     torch.manual_seed(config.seed)
     plan, recipe, (rank, world) = STAGES[stage], config.recipe(stage), ranks.rank_and_world()
@@ -113,7 +116,7 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
     found = starting_point(config, stage)
     # What is frozen may be bfloat16; what is trained becomes float32 in `prepare`.
     dtype = torch.bfloat16 if recipe.bf16 else torch.float32
-    model = SliME.build(found, dtype, float32=("adapter", "compression"))
+    model = kind.build(found, dtype, float32=("adapter", "compression"))
     prepare(model, config, stage, device)
     model.fill(found, device, offload=recipe.shard == "offload")
     if recipe.lora:
@@ -124,10 +127,10 @@ def set_up(config: TrainConfig, stage: int, device: torch.device) -> Run:
                "peak": recipe.llm_learning_rate if part == "llm" else recipe.learning_rate}
               for part in plan.trained]
     trained = [parameter for group in groups for parameter in group["params"]]
-    if config.data is None:
-        records, folder = training_set(config, stage, model, device), None
-    else:
-        records, folder = open_mixture(config.data, config.seed), Path(config.images)
+    folder = Path(config.images) if config.data else None
+    if records is None:
+        records = (open_mixture(config.data, config.seed) if config.data else
+                   training_set(config, stage, model, device))
     steps = recipe.steps or max(1, len(records) // recipe.batch_size)
     learned, all_of = (sum(p.numel() for p in some) for some in (trained, model.parameters()))
     watch.say(f"stage {stage}: shows {plan.parts}, trains {', '.join(plan.trained)}"

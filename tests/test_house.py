@@ -21,7 +21,7 @@ FLOORS = ["guard",
           "tiny checkpoints.__main__",
           "trainer",
           "evaluation",
-          "smr bench"]
+          "smr bench lab"]
 READING_PATH = ["train.py", "sample.py", *(f"sliming/{name}.py" for name in (
     "slicer", "qformer", "moe_adapter", "router", "model", "trainer"))]
 
@@ -71,7 +71,7 @@ def test_no_circles():
 
 def test_train_loads_no_other_trade():
     code = ("import sys, train, sliming.trainer, sliming.tiny.held_out; others = tuple("
-            "f'sliming.{room}' for room in ('evaluation', 'smr', 'bench'));"
+            "f'sliming.{room}' for room in ('evaluation', 'smr', 'bench', 'lab'));"
             "print(*(m for m in sys.modules if m.startswith(others)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "", done.stdout + done.stderr

@@ -84,8 +84,9 @@ def test_every_other_command_runs(trained):
     # Run by other tests, on small files: presets, benchmarks, SMR's sources; and what takes
     # minutes, a GPU or the network.
     elsewhere = ("venv", "--pretrain", "pytest", "nproc_per_node", "theory/", "--stage all",
-                 "SLIMING_REFERENCE", "yifanzhang114", "sliming.bench", "--benchmark",
-                 "--score-only", "sliming.smr", "smr.jsonl", "lmms_eval", "pip install")
+                 "SLIMING_REFERENCE", "yifanzhang114", "sliming.bench", "sliming.lab",
+                 "--benchmark", "--score-only", "sliming.smr", "smr.jsonl", "lmms_eval",
+                 "pip install")
     ran = 0
     for command in COMMANDS:
         if any(word in command for word in elsewhere):
@@ -107,7 +108,7 @@ def test_readmes_name_only_flags_that_exist():
         program = next((w for w in words if w.startswith("sliming.") or w.endswith(".py")), None)
         if program is None:
             continue
-        ways = {"build", "stats"} & set(words)
+        ways = {"build", "stats", "run", "report"} & set(words)
         module = "-m " if program.startswith("sliming.") else ""
         start = f"{module}{program} {' '.join(ways)}"
         if start not in helps:

@@ -332,6 +332,8 @@ class TrainingSet:
     stage: int
     seed: int = 0
     pool: int | None = None
+    detail: float = 0.5         # share of detail questions in stage III
+    across_seams: bool = False  # see `sample_scene`
 
     def __getitem__(self, index: int) -> dict:
         scene, rng = self.scene(index)
@@ -342,7 +344,8 @@ class TrainingSet:
         """The picture of a record, and the stream that draws it and, without a pool, the words."""
         picture = index if self.pool is None else index % self.pool
         rng = generator("train", self.stage, self.seed, picture)
-        return sample_scene(rng, small=rng.random() < SMALL_SHARE[self.stage]), rng
+        small = rng.random() < SMALL_SHARE[self.stage]
+        return sample_scene(rng, small, self.across_seams), rng
 
     def turns(self, scene: Scene, rng: np.random.Generator, index: int) -> list[tuple[str, str]]:
         """What a record says about its picture: (question, answer) pairs."""
@@ -358,7 +361,7 @@ class TrainingSet:
                  for questions in (detail_questions, global_questions)]
         turns = []
         for _ in range(int(rng.integers(1, 7))):
-            pool = pools[int(rng.random() < 0.5)]
+            pool = pools[int(rng.random() < 1 - self.detail)]
             if pool:
                 turns.append(tuple(map(str, pool.pop())))
         return turns or [detail_questions(scene)[0]]
