@@ -219,7 +219,7 @@ def attention(device: torch.device, out: Path,
     torch.manual_seed(0)
     cuda, patches = device.type == "cuda", 576
     dtype = torch.bfloat16 if cuda else torch.float32
-    shapes = shapes or ([(1024, 144, (8, 64, 192, 512, 1)), (1024, 64, (64,)), (1024, 196, (64,)),
+    shapes = shapes or ([(1024, 144, (64, 192, 8, 512, 1)), (1024, 64, (64,)), (1024, 196, (64,)),
                          (1024, 576, (64,)), (1280, 144, (64,))] if cuda
                         else [(1024, 144, (1, 8))])
     bandwidth = copy_bandwidth(device)

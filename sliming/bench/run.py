@@ -7,7 +7,7 @@
     python -m sliming.bench --what train            gradients of a step
     python -m sliming.bench --what data             starting on two million records
     python -m sliming.bench --what memory           of each preset, on paper
-    python -m sliming.bench --what gpu              all that a GPU can tell, in nine minutes
+    python -m sliming.bench --what gpu              all that a GPU can tell, in minutes
     python -m sliming.bench --what busy             two trainings at once
     python -m sliming.bench --what resizing         pictures to views, by how they are resized
     python -m sliming.bench --what features         a step on pixels, and on features of the tower

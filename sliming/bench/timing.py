@@ -42,7 +42,7 @@ def medians_ms(runs: dict[str, Callable[[], object]], device: torch.device, repe
         for name, run in runs.items():
             if device.type == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                for _ in range(6 * queued):            # 1.4 ms each on an H200, at least
+                for _ in range(12 * queued):           # 1.4 ms each on an H200, at least
                     work @ work
                 start.record()
                 run()
