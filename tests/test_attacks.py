@@ -4,12 +4,15 @@ import io
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from PIL import Image
 
 import train
 from sliming import data
+from sliming.backbones import TINY
 from sliming.chat import IMAGE, TEMPLATES, without_markers
 from sliming.checkpoints import files, released
 from sliming.checkpoints.states import States, look_at
@@ -263,6 +267,32 @@ def test_settings_of_another_kind_name_the_file(saved, tmp_path, field, value):
     named = f".*{field}" if field in ("gamma", "slicing", "expert") else ""
     with refused(f"c/config.json: cannot be used{named}", files.CheckpointError):
         SliME.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part, field, value", [
+    ("llm", "vocab_size", 10**12), ("llm", "hidden_size", 10**9), ("llm", "vocab_size", -5),
+    ("llm", "num_hidden_layers", 10**7), ("llm", "intermediate_size", 10**9),
+    ("vision", "num_hidden_layers", 10**7), ("vision", "image_size", 10**6)])
+def test_huge_settings_take_no_memory(saved, tmp_path, monkeypatch, part, field, value):
+    """Ours, the released kind, the backbones to begin with: refused before anything is built."""
+    monkeypatch.setattr(SliME, "__init__", lambda *_: pytest.fail("was built"))
+    message = f"config.json: cannot be used .{field} .*{value}"
+    config = json.loads((saved / "config.json").read_text())[f"{part}_config"]
+    ours = copied(saved, tmp_path / "ours", **{f"{part}_config": {**config, field: value}})
+    with refused(message, files.CheckpointError):
+        SliME.from_pretrained(ours)
+    backbone = tmp_path / "backbone"
+    shutil.copytree(TINY / part, backbone)
+    (backbone / "config.json").write_text(json.dumps({**config, field: value}))
+    with refused(message, files.CheckpointError):
+        preset = replace(PRESETS["tiny"].model, **{part: str(backbone)})
+        SliME.from_backbones(preset)
+    if part == "llm":
+        kind = {"mm_projector_type": "gated", "mm_vision_tower": str(TINY / "vision"),
+                "mm_vision_select_layer": -1, "mm_resampler_dim": 16, "mm_resampler_topp": 0.75}
+        (ours / "config.json").write_text(json.dumps({**config, **kind, field: value}))
+        with refused(message, files.CheckpointError):
+            SliME.from_pretrained(ours)
 
 
 def test_every_template_is_known_to_the_settings():
@@ -597,6 +627,73 @@ def test_a_lost_rank_and_full_memory_get_one_line():
             raise error
     with pytest.raises(RuntimeError, match="ours"), one_line("x"):
         raise RuntimeError("ours")
+
+
+@posix
+def test_a_killed_rank_and_an_error_of_all_cost_a_few_lines(tmp_path):
+    """Under torchrun, which finds what pyproject.toml says that it may load of this package."""
+    (tmp_path / "sliming-0.dist-info").mkdir()
+    project = (ROOT / "pyproject.toml").read_text()
+    entry = re.search(r'^sliming = "(sliming.guard:.*)"', project, re.MULTILINE)[1]
+    (tmp_path / "sliming-0.dist-info/METADATA").write_text("Name: sliming\nVersion: 0\n")
+    (tmp_path / "sliming-0.dist-info/entry_points.txt").write_text(
+        f"[torchrun.handlers]\nsliming = {entry}\n")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1",
+                   "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "train.py"), "--stage", "1", *FLAGS]
+
+    def run(*flags):
+        return subprocess.Popen([*command, *flags], cwd=tmp_path, env=environment, text=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    for flags, message in (("--save-every", "0"), "--save-every"), (("--init-from", "no"), "no: "):
+        error = run(*flags).communicate(timeout=120)[1]
+        assert error.count("\n") <= 2 and error.count("train.py: ") == 1 and message in error
+    process = run("--max-steps", "1000")
+    rows = tmp_path / "out/stage1/metrics.jsonl"
+    while not (rows.exists() and rows.stat().st_size) and process.poll() is None:
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    lines = [line for line in process.communicate(timeout=120)[1].replace("\r", "\n").split("\n")
+             if line and "step" not in line]
+    assert process.returncode == 1 and len(lines) <= 2
+    assert f"exitcode: -9) local_rank: 1 (pid: {children[1]})" in lines[-1]
+
+
+@posix
+def test_an_early_ctrl_c_ends_in_a_line(tmp_path):
+    """While Python still loads modules, some of which turn it into errors of their own."""
+    for name in ("train.py", "sample.py"):
+        for wait in (0.08, 0.5, 1.2):
+            process = subprocess.Popen([sys.executable, str(ROOT / name)], cwd=tmp_path, text=True,
+                                       stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+            time.sleep(wait)
+            process.send_signal(signal.SIGINT)
+            error = process.communicate(timeout=60)[1]
+            assert error.count("\n") <= 1 and "Traceback" not in error, (name, wait, error)
+
+
+def test_ctrl_c_amid_an_import_is_not_swallowed(tmp_path):
+    (tmp_path / "hungry.py").write_text("import os, signal\n"
+                                        "try: os.kill(os.getpid(), signal.SIGINT)\n"
+                                        "except BaseException: pass\n")
+    code = "from sliming.guard import one_line\nwith one_line('x'): import hungry; print('on')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "x: stopped\n")
+
+
+def test_the_readme_names_tests_that_exist():
+    """In the tables of what is promised and what is not; a file's test stands behind its name."""
+    text = (ROOT / "sliming/README.md").read_text().split("## Reliability")[1].split("\n## ")[0]
+    written = {path.relative_to(ROOT / "tests").as_posix(): path.read_text()
+               for path in (ROOT / "tests").rglob("test_*.py")}
+    named = re.findall(r"`((?:\w+/)*test_\w+(?:\.py)?)`", text)
+    assert len(named) > 15
+    for name in named:
+        assert name in written or f"def {name}(" in written["test_attacks.py"], name
 
 
 def test_a_checkpoint_brings_its_backbones(tmp_path, monkeypatch, capsys):

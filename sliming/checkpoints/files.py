@@ -20,7 +20,13 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from sliming.checkpoints.lora import with_adapters
 from sliming.config import SliMEConfig
@@ -30,6 +36,11 @@ from sliming.guard import InputError, naming, open_file, read_text
 Tensors = Iterator[tuple[str, Tensor]]
 INDEX = "model.safetensors.index.json"
 SHARD = 5_000_000_000  # bytes of one file of weights, at most, unless one tensor has more
+# The most that a setting of tower or language model may be: several times what published ones have.
+LARGEST = {"num_hidden_layers": 1000, "hidden_size": 2**15, "intermediate_size": 2**18,
+           "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 4096,
+           "num_experts": 4096, "num_local_experts": 4096, "n_routed_experts": 4096,
+           "vocab_size": 10**7}
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
@@ -135,10 +146,27 @@ def read(folder: Path) -> Checkpoint:
     tensors = read_weights(folder, "model")
     if (folder / "lora" / "adapter_config.json").is_file():
         tensors = with_lora(tensors, folder / "lora", prefix="llm.")
-    config = SliMEConfig(**settings)
     with reading(folder / "config.json"):
-        config.check()
+        config = checked_settings(SliMEConfig(**settings))
     return Checkpoint(folder, config, read_tokenizer(folder), tensors)
+
+
+def checked_settings(config: SliMEConfig) -> SliMEConfig:
+    """The settings, as they are; ValueError, which names the field, where one cannot be right."""
+    config.check()
+    check_sizes(CLIPVisionConfig.from_dict(config.vision_config))
+    check_sizes(AutoConfig.for_model(**config.llm_config))
+    return config
+
+
+def check_sizes(backbone: PreTrainedConfig) -> None:
+    """ValueError, which names the field, for settings that would fill the memory."""
+    for name, most in LARGEST.items():
+        if isinstance(value := getattr(backbone, name, None), int) and not 0 <= value <= most:
+            raise ValueError(f"{name} of the {backbone.model_type} is {value}, not 0 to {most}")
+    if getattr(backbone, "image_size", 0) > 256 * getattr(backbone, "patch_size", 1):
+        raise ValueError(f"image_size {backbone.image_size} is more than 256 patches "
+                         f"(patch_size {backbone.patch_size})")
 
 
 @contextmanager

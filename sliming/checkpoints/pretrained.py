@@ -32,8 +32,10 @@ def read(config: SliMEConfig) -> Checkpoint:
     tower, words = place(config.vision, "vision"), place(config.llm, "llm")
     with reading(tower / "config.json"):
         vision = cut(CLIPVisionConfig.from_pretrained(tower), config.vision_layer)
+        files.check_sizes(vision)
     with reading(words / "config.json"):
         llm = AutoConfig.from_pretrained(words, trust_remote_code=False)
+        files.check_sizes(llm)
         if (words / "generation_config.json").is_file():  # it may name more ends of an answer
             llm.eos_token_id = GenerationConfig.from_pretrained(words).eos_token_id
     tokenizer = read_tokenizer(words)

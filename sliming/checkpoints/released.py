@@ -127,8 +127,8 @@ def read(folder: Path) -> Checkpoint:
     """A released checkpoint. CheckpointError, with the released name or field, for what is none."""
     raw = read_json(folder / "config.json")
     with reading(folder / "config.json"):
-        config = SliMEConfig(**raw["sliming"]) if "sliming" in raw else settings(raw, folder)
-        config.check()
+        config = files.checked_settings(
+            SliMEConfig(**raw["sliming"]) if "sliming" in raw else settings(raw, folder))
     if (folder / "adapter_config.json").is_file():
         adapter = read_json(folder / "adapter_config.json")
         words = base_folder(folder, adapter.get("base_model_name_or_path"))
