@@ -84,16 +84,20 @@ def checksum(path: Path) -> int:
     return total
 
 
+def ends(path: str | os.PathLike, most: int) -> bytes:
+    """A file's first and last `most` bytes. OSError."""
+    with open_file(path) as file:
+        first = file.read(most)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+        return first + file.read()
+
+
 def fingerprint(path: str | os.PathLike) -> str:
     """What tells a file from what was there before, or will be: its size, time of change, first
     and last bytes, in words. OSError."""
-    with open_file(path) as file:
-        found = os.fstat(file.fileno())
-        ends = file.read(1 << 16)
-        file.seek(max(0, found.st_size - (1 << 16)))
-        ends += file.read()
+    found, crc = os.stat(path), zlib.crc32(ends(path, 1 << 16))
     time = datetime.fromtimestamp(found.st_mtime).isoformat(" ")
-    return f"{found.st_size:,} bytes of {time} ({zlib.crc32(ends):08x})"
+    return f"{found.st_size:,} bytes of {time} ({crc:08x})"
 
 
 @contextmanager

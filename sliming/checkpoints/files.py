@@ -28,10 +28,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sliming.checkpoints.lora import with_adapters
 from sliming.config import SliMEConfig
 from sliming.distributed import collected, is_main, put
-from sliming.guard import InputError, naming, open_file, read_text
+from sliming.guard import InputError, ends, naming, open_file, read_text
 
 Tensors = Iterator[tuple[str, Tensor]]
 INDEX = "model.safetensors.index.json"
@@ -94,12 +93,8 @@ def weights_key(*folders: str | Path | None) -> str:
     for folder in [Path(folder) for folder in folders if folder and Path(folder).is_dir()]:
         for path in sorted([*folder.glob("*"), *folder.glob("lora/*")]):
             if path.suffix in (".safetensors", ".bin", ".pt") or path.name == "config.json":
-                size = path.stat().st_size
-                digest.update(f"{path.relative_to(folder)} {size} ".encode())
-                with open_file(path) as file:
-                    digest.update(file.read(1 << 20))
-                    file.seek(max(0, size - (1 << 20)))
-                    digest.update(file.read())
+                digest.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode())
+                digest.update(ends(path, 1 << 20))
     return digest.hexdigest()[:16] if digest.digest() != hashlib.sha256().digest() else ""
 
 
@@ -136,9 +131,7 @@ def read(folder: Path) -> Checkpoint:
     if unknown := sorted(set(settings) - {f.name for f in fields(SliMEConfig)}):
         raise CheckpointError(f"{folder}/config.json: unknown field {', '.join(unknown)}; was it "
                               "written by a newer version?")
-    named = {"model.safetensors"}
-    if (folder / INDEX).is_file():
-        named = shards_of(folder / INDEX)
+    named = shards_of(folder / INDEX) if (folder / INDEX).is_file() else {"model.safetensors"}
     if stray := {path.name for path in folder.glob("*.safetensors")} - named:
         raise CheckpointError(f"{folder}: {', '.join(sorted(stray))} does not belong to the "
                               "checkpoint (another program's, or left by a save that was killed); "
@@ -206,12 +199,9 @@ def read_weights(folder: Path, stem: str) -> Tensors:
     names = (f"{stem}.safetensors", "pytorch_model.bin" if stem == "model" else f"{stem}.bin")
     for name in names:
         index = folder / f"{name}.index.json"
-        if index.is_file():
-            for shard in sorted(shards_of(index)):
+        if index.is_file() or (folder / name).is_file():
+            for shard in sorted(shards_of(index)) if index.is_file() else [name]:
                 yield from read_file(folder / shard)
-            return
-        if (folder / name).is_file():
-            yield from read_file(folder / name)
             return
     raise CheckpointError(f"{folder} has no weights: neither {' nor '.join(names)} nor shards of "
                           "them")
@@ -244,7 +234,7 @@ def read_file(path: Path) -> Tensors:
         yield from content.items()
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError,
             pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path}: unreadable weights ({reason}); copy or download the file "
                               "again") from error
 
@@ -281,7 +271,8 @@ def with_lora(tensors: Tensors, folder: Path, prefix: str = "") -> Tensors:
                 raise CheckpointError(f"{folder}: {down} and its B are {list(a.shape)} and "
                                       f"{list(b.shape)}, the weight {list(tensor.shape)}: they "
                                       "belong to another base model")
-            tensor = with_adapters(tensor, a, b, settings)
+            change = settings["lora_alpha"] / settings["r"] * (b.float() @ a.float())
+            tensor = (tensor.float() + change).to(tensor.dtype)
         yield name, tensor
     yield from low_rank.items()
 
@@ -339,26 +330,24 @@ def write(folder: Path, config: SliMEConfig, tensors: dict[str, Tensor],
     with naming(folder), tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
         new = Path(new)
         save_tensors(new, tensors, dtypes, mark=new.name.removeprefix(".saving-"))
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, new)
+        save_tokenizer(tokenizer, new)
         settings = {"format": "sliming", **asdict(config)}
         (new / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         named = {path.name for path in new.iterdir()}
         order = {INDEX: 1, "config.json": 2}  # what points to others comes after them
         for path in sorted(new.iterdir(), key=lambda path: (order.get(path.name, 0), path.name)):
             os.replace(path, folder / path.name)
-    if INDEX not in named:
-        (folder / INDEX).unlink(missing_ok=True)
-    for old in folder.glob("*.safetensors"):
+    for old in (folder / INDEX, *folder.glob("*.safetensors")):
         if old.name not in named:
-            old.unlink()
+            old.unlink(missing_ok=True)
     shutil.rmtree(folder / "lora", ignore_errors=True)  # adapters of a model that lay here
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Its files; OSError on a full disk, for which its library has an Exception of its own."""
     try:
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     except Exception as error:
         raise OSError(f"{folder}: cannot write the tokenizer ({error})") from error
 

@@ -20,7 +20,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -36,6 +35,7 @@ from sliming.checkpoints.files import (
     reading,
 )
 from sliming.config import SliMEConfig
+from sliming.guard import naming
 from sliming.qformer import sincos_2d
 from sliming.records import inside
 
@@ -287,8 +287,8 @@ def export(model: nn.Module, folder: Path) -> None:
         "sliming": asdict(c)}
     vision = {**c.vision_config, "model_type": "clip_vision_model"}
     inside(folder, tower).mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(weights, folder)
+    files.save_tensors(folder, weights, {name: part.dtype for name, part in weights.items()})
     for place, content in ((folder, config), (folder / tower, vision)):
-        (place / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-    if model.processor.tokenizer is not None:
-        model.processor.tokenizer.save_pretrained(folder)
+        with naming(place / "config.json"):
+            (place / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    files.save_tokenizer(model.processor.tokenizer, folder)
