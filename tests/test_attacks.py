@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flows import ROOT
+from flows import ENVIRONMENT, ROOT, until
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import train
 from sliming import data
@@ -259,8 +260,8 @@ def test_the_context_is_not_exceeded_unnoticed(model):
 @pytest.mark.parametrize("field, value", [
     ("gamma", "much"), ("gamma", float("nan")), ("num_queries", 1e9), ("num_queries", True),
     ("vision_layer", 3), ("router_score", "max"), ("slicing", None), ("expert", 2),
-    ("separator_id", "x"), ("look_nearby", []), ("vision_config", 7), ("template", "<b>"),
-    ("llm_config", {}), ("llm_config", {"model_type": "no\nsuch"}),
+    ("separator_id", "x"), ("separator_id", 2**20), ("look_nearby", []), ("vision_config", 7),
+    ("template", "<b>"), ("llm_config", {}), ("llm_config", {"model_type": "no\nsuch"}),
     ("vision_config", {"hidden_size": "wide"}), ("look_nearby", {"colour": 1})])
 def test_settings_of_another_kind_name_the_file(saved, tmp_path, field, value):
     folder = copied(saved, tmp_path / "c", **{field: value})
@@ -337,6 +338,22 @@ def test_no_code_of_a_checkpoint_is_run(saved, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
+def test_weights_that_are_there_twice(saved, tmp_path):
+    """In two shards; as one file and as shards, of which a reader could take either."""
+    folder, backbone = copied(saved, tmp_path / "c"), tmp_path / "llm"
+    shutil.copytree(TINY / "llm", backbone)
+    for place, name in ((folder, "model-2.safetensors"), (backbone, "old.safetensors")):
+        os.link(place / "model.safetensors", place / name)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / files.INDEX).write_text(json.dumps(index))
+    with refused("c: .* is there twice", files.CheckpointError):
+        SliME.from_pretrained(folder)
+    (backbone / files.INDEX).write_text(json.dumps({"weight_map": {"a": "old.safetensors"}}))
+    with refused("has model.safetensors and .*index.json, which names others",
+                 files.CheckpointError):
+        SliME.from_backbones(replace(PRESETS["tiny"].model, llm=str(backbone)))
+
+
 def test_names_stay_inside(saved, tmp_path):
     victim = tmp_path / "victim"
     victim.mkdir()
@@ -364,7 +381,6 @@ def test_numbers_that_are_not_finite_are_neither_saved_nor_read(saved, tmp_path)
     states.save(1, 0)
     with refused("cannot save the state .adapter.w_gate/weight holds numbers"):
         states.settle()
-    from safetensors.torch import load_file, save_file
     folder = copied(saved, tmp_path / "d")
     tensors = load_file(folder / "model.safetensors")
     tensors["llm.model.norm.weight"][3] = float("nan")
@@ -382,7 +398,6 @@ def test_numbers_that_are_not_finite_are_neither_saved_nor_read(saved, tmp_path)
     ({"r": 4}, "has rank 2, adapter_config.json says 4"), ("lone B", "has unknown 1 tensors"),
     ("another base", "belong to another base model")])
 def test_lora_folders_that_are_not_plain(saved, tmp_path, change, message):
-    from safetensors.torch import save_file
     folder = copied(saved, tmp_path / "c")
     (folder / "lora").mkdir()
     width = 64 if change == "another base" else 128
@@ -425,18 +440,21 @@ def test_a_folder_that_holds_something_is_not_written(saved, tmp_path, monkeypat
 
 
 @posix
-def test_a_full_disk_names_the_file(saved, tmp_path):
+@pytest.mark.parametrize("how", ["model.save_pretrained({})", "released.export(model, Path({}))"])
+def test_a_full_disk_names_the_file(saved, tmp_path, how):
     script = ("import sys, resource, signal\n"
+              "from pathlib import Path; from sliming.checkpoints import released\n"
               "from sliming.model import SliME; from sliming.guard import one_line\n"
               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
               "model = SliME.from_pretrained(sys.argv[1])\n"
               "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-              "with one_line('save'): model.save_pretrained(sys.argv[2])")
+              "with one_line('save'): " + how.format("sys.argv[2]"))
     done = subprocess.run([sys.executable, "-c", script, saved, tmp_path / "c"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.stderr.count("\n") == 1
     assert "model.safetensors" in done.stderr and "save: [Errno" in done.stderr
-    assert not list((tmp_path / "c").iterdir())
+    if how.startswith("model"):
+        assert not list((tmp_path / "c").iterdir())
 
 
 # ------------------------------------------------------------------------------- states and runs
@@ -475,7 +493,6 @@ def test_a_state_is_tensors_and_json(tmp_path):
     states.settle()
     state = tmp_path / "step-00000001"
     assert sorted(os.listdir(state)) == ["progress.json", "rank-00000.safetensors"]
-    from safetensors.torch import load_file
     assert set(load_file(state / "rank-00000.safetensors")) == {
         f"{name}/{what}" for name in ("weight", "bias")
         for what in ("weight", "step", "exp_avg", "exp_avg_sq")}
@@ -561,8 +578,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "out").mkdir()
     code = ("from pathlib import Path; from sliming.guard import only_one\n"
             "with only_one(Path('out')): print(1, flush=True); input()")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    other = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment,
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"1\n"
@@ -581,13 +597,10 @@ def test_a_signal_ends_with_a_state_and_what_to_type(tmp_path, number, workers):
     command = [sys.executable, str(ROOT / "train.py"), "--stage", "1", "--max-steps", "300",
                "--batch-size", "2", "--resume", "never", "--eval-questions", "0",
                "--workers", str(workers)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, start_new_session=True)
     rows = tmp_path / "out/stage1/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (rows.exists() and rows.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: rows.exists() and rows.stat().st_size)
     os.killpg(process.pid, number)  # as a terminal does, to the workers too
     _, error = process.communicate(timeout=60)
     (line,) = [line for line in error.replace("\r", "\n").split("\n") if line
@@ -638,8 +651,7 @@ def test_a_killed_rank_and_an_error_of_all_cost_a_few_lines(tmp_path):
     (tmp_path / "sliming-0.dist-info/METADATA").write_text("Name: sliming\nVersion: 0\n")
     (tmp_path / "sliming-0.dist-info/entry_points.txt").write_text(
         f"[torchrun.handlers]\nsliming = {entry}\n")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(ROOT / "train.py"), "--stage", "1", *FLAGS]
 
@@ -652,8 +664,7 @@ def test_a_killed_rank_and_an_error_of_all_cost_a_few_lines(tmp_path):
         assert error.count("\n") <= 2 and error.count("train.py: ") == 1 and message in error
     process = run("--max-steps", "1000")
     rows = tmp_path / "out/stage1/metrics.jsonl"
-    while not (rows.exists() and rows.stat().st_size) and process.poll() is None:
-        time.sleep(0.05)
+    until(lambda: rows.exists() and rows.stat().st_size)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
     lines = [line for line in process.communicate(timeout=120)[1].replace("\r", "\n").split("\n")

@@ -148,7 +148,9 @@ def checked_settings(config: SliMEConfig) -> SliMEConfig:
     """The settings, as they are; ValueError, which names the field, where one cannot be right."""
     config.check()
     check_sizes(CLIPVisionConfig.from_dict(config.vision_config))
-    check_sizes(AutoConfig.for_model(**config.llm_config))
+    check_sizes(llm := AutoConfig.for_model(**config.llm_config))
+    if (config.separator_id or 0) >= (words := getattr(llm, "vocab_size", 2**32)):
+        raise ValueError(f"separator_id is {config.separator_id} of {words} tokens")
     return config
 
 
@@ -199,8 +201,12 @@ def read_weights(folder: Path, stem: str) -> Tensors:
     names = (f"{stem}.safetensors", "pytorch_model.bin" if stem == "model" else f"{stem}.bin")
     for name in names:
         index = folder / f"{name}.index.json"
+        shards = shards_of(index) if index.is_file() else {name}
+        if index.is_file() and (folder / name).is_file() and name not in shards:
+            raise CheckpointError(f"{folder} has {name} and {index.name}, which names others: "
+                                  "remove the older one")
         if index.is_file() or (folder / name).is_file():
-            for shard in sorted(shards_of(index)) if index.is_file() else [name]:
+            for shard in sorted(shards):
                 yield from read_file(folder / shard)
             return
     raise CheckpointError(f"{folder} has no weights: neither {' nor '.join(names)} nor shards of "
@@ -291,6 +297,8 @@ def fill(own: dict[str, Tensor], tensors: Tensors, source: Path | str,
         if name not in own:
             unknown.append(name)
             continue
+        if name in found:
+            raise CheckpointError(f"{source}: {called([name])[0]} is there twice")
         if own[name].shape != tensor.shape:
             raise CheckpointError(f"{source}: {called([name])[0]} has shape {list(tensor.shape)}, "
                                   f"the config asks for {list(own[name].shape)}")

@@ -135,11 +135,9 @@ def read(folder: Path) -> Checkpoint:
         tensors = lora_tensors(folder, words)
     else:
         words, tensors = folder, files.read_weights(folder, "model")
-    tokenizer = None  # without tokenizer files the model takes and gives token ids
-    for place in (folder, words):
-        if (place / "tokenizer_config.json").is_file():
-            tokenizer = read_tokenizer(place)
-            break
+    places = [place for place in (folder, words) if (place / "tokenizer_config.json").is_file()]
+    # Without tokenizer files the model takes and gives token ids.
+    tokenizer = read_tokenizer(places[0]) if places else None
     return Checkpoint(folder, config, tokenizer, completed(folder, config, tensors), released_names)
 
 
