@@ -5,6 +5,7 @@ opened by `open_file`; every file that a program goes on with is held by `only_o
 """
 
 import errno
+import gc
 import importlib
 import logging
 import os
@@ -217,6 +218,7 @@ def same_command() -> str:
 
 def end(program: str, message: str, code: int) -> None:
     """Prints the one line and ends the program."""
+    gc.unfreeze()  # what was set aside is taken down, too: triton would list what is left
     rank = os.environ.get("RANK", "0")
     message = short(plain(" ".join(message.split())))
     if not first_to_say(message):

@@ -382,13 +382,16 @@ def test_numbers_that_are_not_finite_are_neither_saved_nor_read(saved, tmp_path)
     with refused("cannot save the state .adapter.w_gate/weight holds numbers"):
         states.settle()
     folder = copied(saved, tmp_path / "d")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["llm.model.norm.weight"][3] = float("nan")
-    (folder / "model.safetensors").unlink()
-    save_file(tensors, folder / "model.safetensors")
-    with refused("d: llm.model.norm.weight holds numbers that are not finite",
-                 files.CheckpointError):
-        SliME.from_pretrained(folder)
+    tensors, name = load_file(folder / "model.safetensors"), "llm.model.norm.weight"
+    norm = tensors[name]
+    for wrong, message in ((norm / 0, "holds numbers that are not finite"),
+                           (norm.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn, which cannot"),
+                           (norm.int(), "is torch.int32, which"),
+                           (norm.to(torch.complex64), "is torch.complex64, which")):
+        (folder / "model.safetensors").unlink()
+        save_file({**tensors, name: wrong}, folder / "model.safetensors")
+        with refused(f"d: {name} {message}", files.CheckpointError):
+            SliME.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("change, message", [

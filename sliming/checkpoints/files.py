@@ -42,6 +42,8 @@ LARGEST = {"num_hidden_layers": 1000, "hidden_size": 2**15, "intermediate_size":
            "vocab_size": 10**7}
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class CheckpointError(InputError):
     """A folder that cannot be read as a checkpoint; the message is one line."""
@@ -302,6 +304,9 @@ def fill(own: dict[str, Tensor], tensors: Tensors, source: Path | str,
         if own[name].shape != tensor.shape:
             raise CheckpointError(f"{source}: {called([name])[0]} has shape {list(tensor.shape)}, "
                                   f"the config asks for {list(own[name].shape)}")
+        if tensor.dtype not in (FLOATS if own[name].is_floating_point() else (own[name].dtype,)):
+            raise CheckpointError(f"{source}: {called([name])[0]} is {tensor.dtype}, which cannot be "
+                                  "used")
         if not tensor.isfinite().all():
             raise CheckpointError(f"{source}: {called([name])[0]} holds numbers that are not "
                                   "finite")
