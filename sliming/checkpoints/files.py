@@ -41,7 +41,6 @@ LARGEST = {"num_hidden_layers": 1000, "hidden_size": 2**15, "intermediate_size":
            "num_experts": 4096, "num_local_experts": 4096, "n_routed_experts": 4096,
            "vocab_size": 10**7}
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
-
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -305,8 +304,8 @@ def fill(own: dict[str, Tensor], tensors: Tensors, source: Path | str,
             raise CheckpointError(f"{source}: {called([name])[0]} has shape {list(tensor.shape)}, "
                                   f"the config asks for {list(own[name].shape)}")
         if tensor.dtype not in (FLOATS if own[name].is_floating_point() else (own[name].dtype,)):
-            raise CheckpointError(f"{source}: {called([name])[0]} is {tensor.dtype}, which cannot be "
-                                  "used")
+            raise CheckpointError(f"{source}: {called([name])[0]} is {tensor.dtype}, which is not "
+                                  "what the model computes with")
         if not tensor.isfinite().all():
             raise CheckpointError(f"{source}: {called([name])[0]} holds numbers that are not "
                                   "finite")
