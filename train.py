@@ -9,6 +9,11 @@ Each stage starts from the checkpoint of the one before in --out and writes its 
 that was interrupted goes on from its last state when the same command is given again.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before `main` begins says nothing
+
 import json
 import shutil
 from contextlib import nullcontext

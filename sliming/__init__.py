@@ -5,6 +5,7 @@
 
 import importlib
 import os
+import sys
 
 __version__ = "0.2.0"
 
@@ -13,11 +14,12 @@ _HOMES = {"SliME": "model", "SliMEConfig": "config", "Batch": "inputs", "Sample"
           "open_image": "images"}
 __all__ = list(_HOMES)
 
-# How OpenMP's threads share the cores; it is read when torch is loaded, so it stands here. A thread
+# How OpenMP's threads share the cores; it is read when torch is loaded, so it stands here (and not
+# where torch is loaded, as in a torchrun that looks here for what it may use). A thread
 # that waits for its team spins, by default for milliseconds. That is no harm to a program that has
 # the cores to itself, but of two at once each spins while the thread that it waits for has no core:
 # they took fifteen times as long. So it spins for a fraction of a millisecond, then sleeps.
-if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
     os.environ["GOMP_SPINCOUNT"] = "10000"
 if (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:  # torchrun itself says 1 thread
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))

@@ -282,14 +282,16 @@ class PackedCache(DynamicCache):
 
     def extend(self, new: list[int], device: torch.device) -> Segments:
         """Announces each sample's number of new tokens, and finds them room."""
-        before = self.lengths or [0] * len(new)
+        if not self.starts:  # the first call
+            self.lengths, self.starts = [0] * len(new), [0] * len(new)
+        before, self.moves = self.lengths, None
         self.lengths = [old + more for old, more in zip(before, new, strict=True)]
-        self.moves = None
-        ends = [start + length for start, length in zip(self.starts, self.lengths, strict=False)]
-        if not ends or any(end > room for end, room in zip(ends, self.limits(), strict=True)):
-            starts = list(accumulate((length + self.ROOM for length in self.lengths), initial=0))
-            self.moves = list(zip(self.starts, starts, before, strict=False))
-            *self.starts, self.rows = starts
+        ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
+        if any(end > room for end, room in zip(ends, self.limits(), strict=True)):
+            *starts, self.rows = accumulate((length + self.ROOM for length in self.lengths),
+                                            initial=0)
+            self.moves = list(zip(self.starts, starts, before, strict=True))
+            self.starts = starts
         rooms = [end - start for start, end in zip(self.starts, self.limits(), strict=True)]
         self.segments = Segments(new, device, rooms, list(self.lengths))
         return self.segments

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NoReturn
 
-from sliming.guard import plain
+from sliming.guard import first_to_say, plain
 
 # ---------------------------------------------------------------------------------------- the model
 
@@ -315,4 +315,5 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         name = self.prog.removeprefix("python -m ").partition(" ")[0]
-        self.exit(2, f"{name}: {plain(message)}; --help lists the flags\n")
+        line = f"{name}: {plain(message)}; --help lists the flags\n"
+        self.exit(2, line if first_to_say(line) else None)

@@ -5,7 +5,9 @@ opened by `open_file`; every file that a program goes on with is held by `only_o
 """
 
 import errno
+import gc
 import importlib
+import logging
 import os
 import re
 import shlex
@@ -19,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 from typing import BinaryIO
 
 try:
@@ -82,16 +85,20 @@ def checksum(path: Path) -> int:
     return total
 
 
+def ends(path: str | os.PathLike, most: int) -> bytes:
+    """A file's first and last `most` bytes. OSError."""
+    with open_file(path) as file:
+        first = file.read(most)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+        return first + file.read()
+
+
 def fingerprint(path: str | os.PathLike) -> str:
     """What tells a file from what was there before, or will be: its size, time of change, first
     and last bytes, in words. OSError."""
-    with open_file(path) as file:
-        found = os.fstat(file.fileno())
-        ends = file.read(1 << 16)
-        file.seek(max(0, found.st_size - (1 << 16)))
-        ends += file.read()
+    found, crc = os.stat(path), zlib.crc32(ends(path, 1 << 16))
     time = datetime.fromtimestamp(found.st_mtime).isoformat(" ")
-    return f"{found.st_size:,} bytes of {time} ({zlib.crc32(ends):08x})"
+    return f"{found.st_size:,} bytes of {time} ({crc:08x})"
 
 
 @contextmanager
@@ -132,6 +139,15 @@ def only_one(out: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """One process at a time, by a lock file: who comes later waits."""
+    with open(path, "w") as lock:
+        if fcntl:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
+
+
 # ------------------------------------------------------------------------------------------- ending
 
 
@@ -139,19 +155,39 @@ def only_one(out: Path) -> Iterator[None]:
 def one_line(program: str, resumes: bool = False) -> Iterator[None]:
     """Around (or, as a decorator, on) a program's `main`: whatever is wrong with what it was given
     ends it with one line, and so does Ctrl-C; with what to type to go on, where it `resumes`."""
+    def stopped(message: str) -> None:
+        if os.environ.get("RANK", "0") != "0":  # all ranks stop, one says so
+            sys.exit(128 + signal.SIGINT)
+        message += f"; to go on: {same_command()}" if resumes else ""
+        end(program, message, 128 + signal.SIGINT)
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        while frame:
+            if "importlib" in frame.f_code.co_filename:  # some modules make other errors of it
+                try:
+                    stopped("stopped")
+                finally:
+                    os._exit(128 + number)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    heard = before in (signal.SIG_DFL, signal.default_int_handler)
+    if heard:
+        signal.signal(signal.SIGINT, interrupted)
     try:
         yield
     except (Stopped, KeyboardInterrupt) as stop:
-        message, code = str(stop) or "stopped", 128 + signal.SIGINT
-        if os.environ.get("RANK", "0") != "0":  # all ranks stop, one says so
-            sys.exit(code)
-        end(program, f"{message}; to go on: {same_command()}" if resumes else message, code)
+        stopped(str(stop) or "stopped")
     except (ValueError, OSError, ArithmeticError) as error:
         end(program, str(error) or type(error).__name__, 1)
     except RuntimeError as error:
         if not (known := of_the_machine(error)):
             raise
         end(program, known, 1)
+    finally:
+        if heard:
+            signal.signal(signal.SIGINT, before)
 
 
 def program(module: str) -> None:
@@ -182,13 +218,48 @@ def same_command() -> str:
 
 def end(program: str, message: str, code: int) -> None:
     """Prints the one line and ends the program."""
+    gc.unfreeze()  # what was set aside is taken down, too: triton would list what is left
     rank = os.environ.get("RANK", "0")
     message = short(plain(" ".join(message.split())))
+    if not first_to_say(message):
+        sys.exit(code)
     message = f"{program}: {'' if rank == '0' else f'rank {rank}: '}{message}"
     if code == 1:
         sys.exit(message)
     print(message, file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def first_to_say(message: str) -> bool:
+    """False where another of torchrun's ranks on this machine has said so: most fail alike."""
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")  # ATTEMPT/RANK/error.json
+    try:
+        if place:
+            said = Path(place).parents[1] / f"said-{zlib.crc32(message.encode()):08x}"
+            said.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def in_torchrun() -> None:
+    """What torchrun loads of this package (pyproject.toml: torchrun.handlers). Where it starts our
+    train.py, nothing follows the line in which it logs that a rank has failed: it would add forty.
+    """
+    ours = Path(__file__).resolve().parents[1] / "train.py"
+    if ours not in [Path(word).resolve() for word in sys.argv[1:]]:
+        return
+
+    def hook(kind: type, *error: object, usual=sys.excepthook) -> None:
+        if kind.__name__ not in ("ChildFailedError", "SignalException", "KeyboardInterrupt"):
+            usual(kind, *error)
+
+    sys.excepthook = hook
+    for module in ("multiprocessing.api", "agent.server.api"):  # a line for each rank that it ends
+        logger = logging.getLogger(f"torch.distributed.elastic.{module}")
+        logger.addFilter(lambda record: record.levelno > logging.WARNING)
 
 
 def of_the_machine(error: RuntimeError) -> str:
@@ -197,7 +268,7 @@ def of_the_machine(error: RuntimeError) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return f"{text.partition('. ')[0]}: lower the batch, or the tokens of a micro-batch"
     if type(error).__name__.startswith("Dist") or "gloo" in text or "Connection " in text:
-        return "lost touch with another rank, which has ended; its own line says why"
+        return "lost touch with another rank, which has ended; its own line or torchrun's says why"
     return ""
 
 

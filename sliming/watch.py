@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sliming.distributed import is_main, rank_and_world, reduce
 from sliming.guard import Signals, naming
 from sliming.inputs import Batch
-from sliming.records import resume
+from sliming.records import RecordError, resume
 
 # Dense bfloat16 operations per second, from the data sheets.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
@@ -130,7 +130,11 @@ def say(text: str, everyone: bool = False) -> None:
 def cut_metrics(path: Path, first: int) -> list[dict]:
     """The rows of metrics.jsonl before step `first`, which are what the file holds afterwards: what
     an interrupted run wrote after its last state is dropped."""
-    rows = [row for row in resume(path) if row["step"] < first] if first else []
+    rows = resume(path) if first else []
+    if any(not isinstance(row.get(key), kind) for row in rows
+           for key, kind in (("step", int), ("loss", float))):
+        raise RecordError(f"{path}: holds rows that are no training's; remove it")
+    rows = [row for row in rows if row["step"] < first]
     new = path.with_suffix(".new")  # in one go: a kill leaves the old rows or the new ones
     new.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(new, path)

@@ -8,11 +8,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 LLAMA3_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
@@ -26,11 +28,17 @@ def run_train(*commands, ranks=None, limit=None, cwd=ROOT, **environment):
     if limit is not None:
         import resource
         before = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-                   "CUDA_VISIBLE_DEVICES": "", **environment}
+    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", **environment}
     commands = json.dumps([[str(flag) for flag in command] for command in commands])
     return subprocess.run([*launch, __file__, commands], capture_output=True, text=True,
                           preexec_fn=before, env=environment, cwd=cwd, timeout=300)
+
+
+def until(holds, seconds=120):
+    """Waits until `holds()`, or that long."""
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def losses(folder):

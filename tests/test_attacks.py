@@ -4,22 +4,27 @@ import io
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from flows import ROOT
+from flows import ENVIRONMENT, ROOT, until
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import train
 from sliming import data
+from sliming.backbones import TINY
 from sliming.chat import IMAGE, TEMPLATES, without_markers
 from sliming.checkpoints import files, released
 from sliming.checkpoints.states import States, look_at
@@ -255,14 +260,40 @@ def test_the_context_is_not_exceeded_unnoticed(model):
 @pytest.mark.parametrize("field, value", [
     ("gamma", "much"), ("gamma", float("nan")), ("num_queries", 1e9), ("num_queries", True),
     ("vision_layer", 3), ("router_score", "max"), ("slicing", None), ("expert", 2),
-    ("separator_id", "x"), ("look_nearby", []), ("vision_config", 7), ("template", "<b>"),
-    ("llm_config", {}), ("llm_config", {"model_type": "no\nsuch"}),
+    ("separator_id", "x"), ("separator_id", 2**20), ("look_nearby", []), ("vision_config", 7),
+    ("template", "<b>"), ("llm_config", {}), ("llm_config", {"model_type": "no\nsuch"}),
     ("vision_config", {"hidden_size": "wide"}), ("look_nearby", {"colour": 1})])
 def test_settings_of_another_kind_name_the_file(saved, tmp_path, field, value):
     folder = copied(saved, tmp_path / "c", **{field: value})
     named = f".*{field}" if field in ("gamma", "slicing", "expert") else ""
     with refused(f"c/config.json: cannot be used{named}", files.CheckpointError):
         SliME.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part, field, value", [
+    ("llm", "vocab_size", 10**12), ("llm", "hidden_size", 10**9), ("llm", "vocab_size", -5),
+    ("llm", "num_hidden_layers", 10**7), ("llm", "intermediate_size", 10**9),
+    ("vision", "num_hidden_layers", 10**7), ("vision", "image_size", 10**6)])
+def test_huge_settings_take_no_memory(saved, tmp_path, monkeypatch, part, field, value):
+    """Ours, the released kind, the backbones to begin with: refused before anything is built."""
+    monkeypatch.setattr(SliME, "__init__", lambda *_: pytest.fail("was built"))
+    message = f"config.json: cannot be used .{field} .*{value}"
+    config = json.loads((saved / "config.json").read_text())[f"{part}_config"]
+    ours = copied(saved, tmp_path / "ours", **{f"{part}_config": {**config, field: value}})
+    with refused(message, files.CheckpointError):
+        SliME.from_pretrained(ours)
+    backbone = tmp_path / "backbone"
+    shutil.copytree(TINY / part, backbone)
+    (backbone / "config.json").write_text(json.dumps({**config, field: value}))
+    with refused(message, files.CheckpointError):
+        preset = replace(PRESETS["tiny"].model, **{part: str(backbone)})
+        SliME.from_backbones(preset)
+    if part == "llm":
+        kind = {"mm_projector_type": "gated", "mm_vision_tower": str(TINY / "vision"),
+                "mm_vision_select_layer": -1, "mm_resampler_dim": 16, "mm_resampler_topp": 0.75}
+        (ours / "config.json").write_text(json.dumps({**config, **kind, field: value}))
+        with refused(message, files.CheckpointError):
+            SliME.from_pretrained(ours)
 
 
 def test_every_template_is_known_to_the_settings():
@@ -307,6 +338,22 @@ def test_no_code_of_a_checkpoint_is_run(saved, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
+def test_weights_that_are_there_twice(saved, tmp_path):
+    """In two shards; as one file and as shards, of which a reader could take either."""
+    folder, backbone = copied(saved, tmp_path / "c"), tmp_path / "llm"
+    shutil.copytree(TINY / "llm", backbone)
+    for place, name in ((folder, "model-2.safetensors"), (backbone, "old.safetensors")):
+        os.link(place / "model.safetensors", place / name)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / files.INDEX).write_text(json.dumps(index))
+    with refused("c: .* is there twice", files.CheckpointError):
+        SliME.from_pretrained(folder)
+    (backbone / files.INDEX).write_text(json.dumps({"weight_map": {"a": "old.safetensors"}}))
+    with refused("has model.safetensors and .*index.json, which names others",
+                 files.CheckpointError):
+        SliME.from_backbones(replace(PRESETS["tiny"].model, llm=str(backbone)))
+
+
 def test_names_stay_inside(saved, tmp_path):
     victim = tmp_path / "victim"
     victim.mkdir()
@@ -334,15 +381,17 @@ def test_numbers_that_are_not_finite_are_neither_saved_nor_read(saved, tmp_path)
     states.save(1, 0)
     with refused("cannot save the state .adapter.w_gate/weight holds numbers"):
         states.settle()
-    from safetensors.torch import load_file, save_file
     folder = copied(saved, tmp_path / "d")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["llm.model.norm.weight"][3] = float("nan")
-    (folder / "model.safetensors").unlink()
-    save_file(tensors, folder / "model.safetensors")
-    with refused("d: llm.model.norm.weight holds numbers that are not finite",
-                 files.CheckpointError):
-        SliME.from_pretrained(folder)
+    tensors, name = load_file(folder / "model.safetensors"), "llm.model.norm.weight"
+    norm = tensors[name]
+    for wrong, message in ((norm / 0, "holds numbers that are not finite"),
+                           (norm.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn, which is not"),
+                           (norm.int(), "is torch.int32, which"),
+                           (norm.to(torch.complex64), "is torch.complex64, which")):
+        (folder / "model.safetensors").unlink()
+        save_file({**tensors, name: wrong}, folder / "model.safetensors")
+        with refused(f"d: {name} {message}", files.CheckpointError):
+            SliME.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -352,7 +401,6 @@ def test_numbers_that_are_not_finite_are_neither_saved_nor_read(saved, tmp_path)
     ({"r": 4}, "has rank 2, adapter_config.json says 4"), ("lone B", "has unknown 1 tensors"),
     ("another base", "belong to another base model")])
 def test_lora_folders_that_are_not_plain(saved, tmp_path, change, message):
-    from safetensors.torch import save_file
     folder = copied(saved, tmp_path / "c")
     (folder / "lora").mkdir()
     width = 64 if change == "another base" else 128
@@ -395,18 +443,21 @@ def test_a_folder_that_holds_something_is_not_written(saved, tmp_path, monkeypat
 
 
 @posix
-def test_a_full_disk_names_the_file(saved, tmp_path):
+@pytest.mark.parametrize("how", ["model.save_pretrained({})", "released.export(model, Path({}))"])
+def test_a_full_disk_names_the_file(saved, tmp_path, how):
     script = ("import sys, resource, signal\n"
+              "from pathlib import Path; from sliming.checkpoints import released\n"
               "from sliming.model import SliME; from sliming.guard import one_line\n"
               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
               "model = SliME.from_pretrained(sys.argv[1])\n"
               "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-              "with one_line('save'): model.save_pretrained(sys.argv[2])")
+              "with one_line('save'): " + how.format("sys.argv[2]"))
     done = subprocess.run([sys.executable, "-c", script, saved, tmp_path / "c"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.stderr.count("\n") == 1
     assert "model.safetensors" in done.stderr and "save: [Errno" in done.stderr
-    assert not list((tmp_path / "c").iterdir())
+    if how.startswith("model"):
+        assert not list((tmp_path / "c").iterdir())
 
 
 # ------------------------------------------------------------------------------- states and runs
@@ -445,7 +496,6 @@ def test_a_state_is_tensors_and_json(tmp_path):
     states.settle()
     state = tmp_path / "step-00000001"
     assert sorted(os.listdir(state)) == ["progress.json", "rank-00000.safetensors"]
-    from safetensors.torch import load_file
     assert set(load_file(state / "rank-00000.safetensors")) == {
         f"{name}/{what}" for name in ("weight", "bias")
         for what in ("weight", "step", "exp_avg", "exp_avg_sq")}
@@ -531,8 +581,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "out").mkdir()
     code = ("from pathlib import Path; from sliming.guard import only_one\n"
             "with only_one(Path('out')): print(1, flush=True); input()")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    other = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment,
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"1\n"
@@ -551,13 +600,10 @@ def test_a_signal_ends_with_a_state_and_what_to_type(tmp_path, number, workers):
     command = [sys.executable, str(ROOT / "train.py"), "--stage", "1", "--max-steps", "300",
                "--batch-size", "2", "--resume", "never", "--eval-questions", "0",
                "--workers", str(workers)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, start_new_session=True)
     rows = tmp_path / "out/stage1/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (rows.exists() and rows.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: rows.exists() and rows.stat().st_size)
     os.killpg(process.pid, number)  # as a terminal does, to the workers too
     _, error = process.communicate(timeout=60)
     (line,) = [line for line in error.replace("\r", "\n").split("\n") if line
@@ -597,6 +643,71 @@ def test_a_lost_rank_and_full_memory_get_one_line():
             raise error
     with pytest.raises(RuntimeError, match="ours"), one_line("x"):
         raise RuntimeError("ours")
+
+
+@posix
+def test_a_killed_rank_and_an_error_of_all_cost_a_few_lines(tmp_path):
+    """Under torchrun, which finds what pyproject.toml says that it may load of this package."""
+    (tmp_path / "sliming-0.dist-info").mkdir()
+    project = (ROOT / "pyproject.toml").read_text()
+    entry = re.search(r'^sliming = "(sliming.guard:.*)"', project, re.MULTILINE)[1]
+    (tmp_path / "sliming-0.dist-info/METADATA").write_text("Name: sliming\nVersion: 0\n")
+    (tmp_path / "sliming-0.dist-info/entry_points.txt").write_text(
+        f"[torchrun.handlers]\nsliming = {entry}\n")
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "train.py"), "--stage", "1", *FLAGS]
+
+    def run(*flags):
+        return subprocess.Popen([*command, *flags], cwd=tmp_path, env=environment, text=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    for flags, message in (("--save-every", "0"), "--save-every"), (("--init-from", "no"), "no: "):
+        error = run(*flags).communicate(timeout=120)[1]
+        assert error.count("\n") <= 2 and error.count("train.py: ") == 1 and message in error
+    process = run("--max-steps", "1000")
+    rows = tmp_path / "out/stage1/metrics.jsonl"
+    until(lambda: rows.exists() and rows.stat().st_size)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    lines = [line for line in process.communicate(timeout=120)[1].replace("\r", "\n").split("\n")
+             if line and "step" not in line]
+    assert process.returncode == 1 and len(lines) <= 2
+    assert f"exitcode: -9) local_rank: 1 (pid: {children[1]})" in lines[-1]
+
+
+@posix
+def test_an_early_ctrl_c_ends_in_a_line(tmp_path):
+    """While Python still loads modules, some of which turn it into errors of their own."""
+    for name in ("train.py", "sample.py"):
+        for wait in (0.08, 0.5, 1.2):
+            process = subprocess.Popen([sys.executable, str(ROOT / name)], cwd=tmp_path, text=True,
+                                       stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+            time.sleep(wait)
+            process.send_signal(signal.SIGINT)
+            error = process.communicate(timeout=60)[1]
+            assert error.count("\n") <= 1 and "Traceback" not in error, (name, wait, error)
+
+
+def test_ctrl_c_amid_an_import_is_not_swallowed(tmp_path):
+    (tmp_path / "hungry.py").write_text("import os, signal\n"
+                                        "try: os.kill(os.getpid(), signal.SIGINT)\n"
+                                        "except BaseException: pass\n")
+    code = "from sliming.guard import one_line\nwith one_line('x'): import hungry; print('on')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "x: stopped\n")
+
+
+def test_the_readme_names_tests_that_exist():
+    """In the tables of what is promised and what is not; a file's test stands behind its name."""
+    text = (ROOT / "sliming/README.md").read_text().split("## Reliability")[1].split("\n## ")[0]
+    written = {path.relative_to(ROOT / "tests").as_posix(): path.read_text()
+               for path in (ROOT / "tests").rglob("test_*.py")}
+    named = re.findall(r"`((?:\w+/)*test_\w+(?:\.py)?)`", text)
+    assert len(named) > 15
+    for name in named:
+        assert name in written or f"def {name}(" in written["test_attacks.py"], name
 
 
 def test_a_checkpoint_brings_its_backbones(tmp_path, monkeypatch, capsys):

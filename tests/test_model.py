@@ -11,8 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from sliming.backbones import TINY, VisionTower
 from sliming.chat import IGNORE, IMAGE_TOKEN, encode
-from sliming.checkpoints.pretrained import load_vision
-from sliming.config import SliMEConfig
+from sliming.config import PRESETS, SliMEConfig
 from sliming.generate import Conversation, sample_tokens
 from sliming.inputs import Batch, Sample
 from sliming.model import SliME, stitch
@@ -422,17 +421,18 @@ def clip_folder(tmp_path):
 
 def test_tower_runs_to_the_layer_that_is_used(clip_folder):
     folder, clip = clip_folder
+    config = replace(PRESETS["tiny"].model, vision=str(folder))
     views = torch.randint(0, 256, (3, 3, 56, 56), dtype=torch.uint8)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     hidden = clip(pixel_values=(views / 255 - mean) / std, output_hidden_states=True).hidden_states
     for layer in (-1, -2, -3):
-        tower = load_vision(str(folder), layer)
+        tower = SliME.from_backbones(replace(config, vision_layer=layer)).vision
         torch.testing.assert_close(tower(views), hidden[layer][:, 1:], atol=1e-5, rtol=1e-5)
         assert len(tower.clip.encoder.layers) == 4 + layer
         assert not any(p.requires_grad for p in tower.parameters())
     with pytest.raises(ValueError, match="vision_layer must be"):
-        load_vision(str(folder), -5)
+        SliME.from_backbones(replace(config, vision_layer=-5))
 
 
 def test_backbones_from_folders_and_a_grouped_query_llm(clip_folder, tmp_path):

@@ -20,17 +20,28 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
-from sliming.checkpoints.lora import with_adapters
 from sliming.config import SliMEConfig
 from sliming.distributed import collected, is_main, put
-from sliming.guard import InputError, naming, open_file, read_text
+from sliming.guard import InputError, ends, naming, open_file, read_text
 
 Tensors = Iterator[tuple[str, Tensor]]
 INDEX = "model.safetensors.index.json"
 SHARD = 5_000_000_000  # bytes of one file of weights, at most, unless one tensor has more
+# The most that a setting of tower or language model may be: several times what published ones have.
+LARGEST = {"num_hidden_layers": 1000, "hidden_size": 2**15, "intermediate_size": 2**18,
+           "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 4096,
+           "num_experts": 4096, "num_local_experts": 4096, "n_routed_experts": 4096,
+           "vocab_size": 10**7}
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class CheckpointError(InputError):
@@ -83,12 +94,8 @@ def weights_key(*folders: str | Path | None) -> str:
     for folder in [Path(folder) for folder in folders if folder and Path(folder).is_dir()]:
         for path in sorted([*folder.glob("*"), *folder.glob("lora/*")]):
             if path.suffix in (".safetensors", ".bin", ".pt") or path.name == "config.json":
-                size = path.stat().st_size
-                digest.update(f"{path.relative_to(folder)} {size} ".encode())
-                with open_file(path) as file:
-                    digest.update(file.read(1 << 20))
-                    file.seek(max(0, size - (1 << 20)))
-                    digest.update(file.read())
+                digest.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode())
+                digest.update(ends(path, 1 << 20))
     return digest.hexdigest()[:16] if digest.digest() != hashlib.sha256().digest() else ""
 
 
@@ -125,9 +132,7 @@ def read(folder: Path) -> Checkpoint:
     if unknown := sorted(set(settings) - {f.name for f in fields(SliMEConfig)}):
         raise CheckpointError(f"{folder}/config.json: unknown field {', '.join(unknown)}; was it "
                               "written by a newer version?")
-    named = {"model.safetensors"}
-    if (folder / INDEX).is_file():
-        named = shards_of(folder / INDEX)
+    named = shards_of(folder / INDEX) if (folder / INDEX).is_file() else {"model.safetensors"}
     if stray := {path.name for path in folder.glob("*.safetensors")} - named:
         raise CheckpointError(f"{folder}: {', '.join(sorted(stray))} does not belong to the "
                               "checkpoint (another program's, or left by a save that was killed); "
@@ -135,10 +140,29 @@ def read(folder: Path) -> Checkpoint:
     tensors = read_weights(folder, "model")
     if (folder / "lora" / "adapter_config.json").is_file():
         tensors = with_lora(tensors, folder / "lora", prefix="llm.")
-    config = SliMEConfig(**settings)
     with reading(folder / "config.json"):
-        config.check()
+        config = checked_settings(SliMEConfig(**settings))
     return Checkpoint(folder, config, read_tokenizer(folder), tensors)
+
+
+def checked_settings(config: SliMEConfig) -> SliMEConfig:
+    """The settings, as they are; ValueError, which names the field, where one cannot be right."""
+    config.check()
+    check_sizes(CLIPVisionConfig.from_dict(config.vision_config))
+    check_sizes(llm := AutoConfig.for_model(**config.llm_config))
+    if (config.separator_id or 0) >= (words := getattr(llm, "vocab_size", 2**32)):
+        raise ValueError(f"separator_id is {config.separator_id} of {words} tokens")
+    return config
+
+
+def check_sizes(backbone: PreTrainedConfig) -> None:
+    """ValueError, which names the field, for settings that would fill the memory."""
+    for name, most in LARGEST.items():
+        if isinstance(value := getattr(backbone, name, None), int) and not 0 <= value <= most:
+            raise ValueError(f"{name} of the {backbone.model_type} is {value}, not 0 to {most}")
+    if getattr(backbone, "image_size", 0) > 256 * getattr(backbone, "patch_size", 1):
+        raise ValueError(f"image_size {backbone.image_size} is more than 256 patches "
+                         f"(patch_size {backbone.patch_size})")
 
 
 @contextmanager
@@ -178,12 +202,13 @@ def read_weights(folder: Path, stem: str) -> Tensors:
     names = (f"{stem}.safetensors", "pytorch_model.bin" if stem == "model" else f"{stem}.bin")
     for name in names:
         index = folder / f"{name}.index.json"
-        if index.is_file():
-            for shard in sorted(shards_of(index)):
+        shards = shards_of(index) if index.is_file() else {name}
+        if index.is_file() and (folder / name).is_file() and name not in shards:
+            raise CheckpointError(f"{folder} has {name} and {index.name}, which names others: "
+                                  "remove the older one")
+        if index.is_file() or (folder / name).is_file():
+            for shard in sorted(shards):
                 yield from read_file(folder / shard)
-            return
-        if (folder / name).is_file():
-            yield from read_file(folder / name)
             return
     raise CheckpointError(f"{folder} has no weights: neither {' nor '.join(names)} nor shards of "
                           "them")
@@ -216,7 +241,7 @@ def read_file(path: Path) -> Tensors:
         yield from content.items()
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError,
             pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path}: unreadable weights ({reason}); copy or download the file "
                               "again") from error
 
@@ -253,7 +278,8 @@ def with_lora(tensors: Tensors, folder: Path, prefix: str = "") -> Tensors:
                 raise CheckpointError(f"{folder}: {down} and its B are {list(a.shape)} and "
                                       f"{list(b.shape)}, the weight {list(tensor.shape)}: they "
                                       "belong to another base model")
-            tensor = with_adapters(tensor, a, b, settings)
+            change = settings["lora_alpha"] / settings["r"] * (b.float() @ a.float())
+            tensor = (tensor.float() + change).to(tensor.dtype)
         yield name, tensor
     yield from low_rank.items()
 
@@ -272,9 +298,14 @@ def fill(own: dict[str, Tensor], tensors: Tensors, source: Path | str,
         if name not in own:
             unknown.append(name)
             continue
+        if name in found:
+            raise CheckpointError(f"{source}: {called([name])[0]} is there twice")
         if own[name].shape != tensor.shape:
             raise CheckpointError(f"{source}: {called([name])[0]} has shape {list(tensor.shape)}, "
                                   f"the config asks for {list(own[name].shape)}")
+        if tensor.dtype not in (FLOATS if own[name].is_floating_point() else (own[name].dtype,)):
+            raise CheckpointError(f"{source}: {called([name])[0]} is {tensor.dtype}, which is not "
+                                  "what the model computes with")
         if not tensor.isfinite().all():
             raise CheckpointError(f"{source}: {called([name])[0]} holds numbers that are not "
                                   "finite")
@@ -311,26 +342,24 @@ def write(folder: Path, config: SliMEConfig, tensors: dict[str, Tensor],
     with naming(folder), tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
         new = Path(new)
         save_tensors(new, tensors, dtypes, mark=new.name.removeprefix(".saving-"))
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, new)
+        save_tokenizer(tokenizer, new)
         settings = {"format": "sliming", **asdict(config)}
         (new / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         named = {path.name for path in new.iterdir()}
         order = {INDEX: 1, "config.json": 2}  # what points to others comes after them
         for path in sorted(new.iterdir(), key=lambda path: (order.get(path.name, 0), path.name)):
             os.replace(path, folder / path.name)
-    if INDEX not in named:
-        (folder / INDEX).unlink(missing_ok=True)
-    for old in folder.glob("*.safetensors"):
+    for old in (folder / INDEX, *folder.glob("*.safetensors")):
         if old.name not in named:
-            old.unlink()
+            old.unlink(missing_ok=True)
     shutil.rmtree(folder / "lora", ignore_errors=True)  # adapters of a model that lay here
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Its files; OSError on a full disk, for which its library has an Exception of its own."""
     try:
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     except Exception as error:
         raise OSError(f"{folder}: cannot write the tokenizer ({error})") from error
 

@@ -38,9 +38,3 @@ def without_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a model as it was before `add_lora`, by the names of that time."""
     return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()
             if ".lora_" not in name}
-
-
-def with_adapters(weight: Tensor, down: Tensor, up: Tensor, config: dict) -> Tensor:
-    """W + B A alpha / r in W's dtype, summed in float32; `down` is A, `up` B."""
-    change = config["lora_alpha"] / config["r"] * (up.float() @ down.float())
-    return (weight.float() + change).to(weight.dtype)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, CLIPVisionConfig, GenerationConfig
 
-from sliming.backbones import TINY, VisionTower
+from sliming.backbones import TINY
 from sliming.checkpoints import files
 from sliming.checkpoints.files import (
     Checkpoint,
@@ -23,7 +23,6 @@ from sliming.checkpoints.files import (
     reading,
 )
 from sliming.config import SliMEConfig
-from sliming.distributed import materialise
 
 
 def read(config: SliMEConfig) -> Checkpoint:
@@ -32,8 +31,10 @@ def read(config: SliMEConfig) -> Checkpoint:
     tower, words = place(config.vision, "vision"), place(config.llm, "llm")
     with reading(tower / "config.json"):
         vision = cut(CLIPVisionConfig.from_pretrained(tower), config.vision_layer)
+        files.check_sizes(vision)
     with reading(words / "config.json"):
         llm = AutoConfig.from_pretrained(words, trust_remote_code=False)
+        files.check_sizes(llm)
         if (words / "generation_config.json").is_file():  # it may name more ends of an answer
             llm.eos_token_id = GenerationConfig.from_pretrained(words).eos_token_id
     tokenizer = read_tokenizer(words)
@@ -76,14 +77,3 @@ def tower_tensors(folder: Path, layers: int) -> Tensors:
         layer = name.removeprefix("encoder.layers.").partition(".")[0]
         if not name.startswith(unused) and not (layer.isdecimal() and int(layer) >= layers):
             yield name, tensor
-
-
-def load_vision(name: str, layer: int) -> VisionTower:
-    """A pretrained tower alone."""
-    folder = place(name, "vision")
-    config = cut(CLIPVisionConfig.from_pretrained(folder), layer)
-    tower = VisionTower(config)
-    materialise(tower, "cpu")
-    tensors = tower_tensors(folder, config.num_hidden_layers)
-    files.fill(dict(tower.clip.named_parameters()), tensors, folder)
-    return tower

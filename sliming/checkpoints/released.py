@@ -20,7 +20,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -36,6 +35,7 @@ from sliming.checkpoints.files import (
     reading,
 )
 from sliming.config import SliMEConfig
+from sliming.guard import naming
 from sliming.qformer import sincos_2d
 from sliming.records import inside
 
@@ -127,19 +127,17 @@ def read(folder: Path) -> Checkpoint:
     """A released checkpoint. CheckpointError, with the released name or field, for what is none."""
     raw = read_json(folder / "config.json")
     with reading(folder / "config.json"):
-        config = SliMEConfig(**raw["sliming"]) if "sliming" in raw else settings(raw, folder)
-        config.check()
+        config = files.checked_settings(
+            SliMEConfig(**raw["sliming"]) if "sliming" in raw else settings(raw, folder))
     if (folder / "adapter_config.json").is_file():
         adapter = read_json(folder / "adapter_config.json")
         words = base_folder(folder, adapter.get("base_model_name_or_path"))
         tensors = lora_tensors(folder, words)
     else:
         words, tensors = folder, files.read_weights(folder, "model")
-    tokenizer = None  # without tokenizer files the model takes and gives token ids
-    for place in (folder, words):
-        if (place / "tokenizer_config.json").is_file():
-            tokenizer = read_tokenizer(place)
-            break
+    places = [place for place in (folder, words) if (place / "tokenizer_config.json").is_file()]
+    # Without tokenizer files the model takes and gives token ids.
+    tokenizer = read_tokenizer(places[0]) if places else None
     return Checkpoint(folder, config, tokenizer, completed(folder, config, tensors), released_names)
 
 
@@ -287,8 +285,8 @@ def export(model: nn.Module, folder: Path) -> None:
         "sliming": asdict(c)}
     vision = {**c.vision_config, "model_type": "clip_vision_model"}
     inside(folder, tower).mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(weights, folder)
+    files.save_tensors(folder, weights, {name: part.dtype for name, part in weights.items()})
     for place, content in ((folder, config), (folder / tower, vision)):
-        (place / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-    if model.processor.tokenizer is not None:
-        model.processor.tokenizer.save_pretrained(folder)
+        with naming(place / "config.json"):
+            (place / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    files.save_tokenizer(model.processor.tokenizer, folder)

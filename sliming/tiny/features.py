@@ -22,10 +22,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from sliming.config import STAGES, TrainConfig
-from sliming.distributed import is_main
+from sliming.guard import checksum, in_turn
 from sliming.model import SliME
 from sliming.slicer import Slices
 from sliming.tiny.pictures import TrainingSet, record
+from sliming.watch import say
 
 BATCH = 32  # pictures that the tower reads at once
 
@@ -35,7 +36,8 @@ class Features(Sequence):
 
     They lie in `folder`, float32 [V, L, Dv], and are read one picture at a time. Equal views, a
     third of the crops is blank paper, are there once. The file is named by `name` and by all that
-    its content depends on; who comes first makes it.
+    its content depends on. Who comes first makes it, other ranks and runs wait for it; a damaged
+    one is made anew.
     """
 
     def __init__(self, folder: Path, name: str, pictures: Iterable[Image.Image], model: SliME,
@@ -48,23 +50,35 @@ class Features(Sequence):
         self.path = folder / f"{name}-{content.hexdigest()[:16]}.f32"
         self.parts = parts
         self.shape = -1, model.processor.num_patches, len(model.adapter.w_gate)  # V, L, Dv
-        index = self.path.with_suffix(".npz")
-        if not index.is_file():
-            self.make(pictures, model, index)
-        with np.load(index) as found:
-            self.grids, self.places = found["grids"], found["places"]          # [N, 2], [all views]
+        folder.mkdir(parents=True, exist_ok=True)
+        with in_turn(self.path.with_suffix(".lock")):
+            if not self.read():
+                self.make(pictures, model)
+                self.read()
         views = (parts != "local") + (parts != "global") * self.grids.prod(1)  # [N]
         self.starts = np.concatenate([[0], views.cumsum()])                    # [N + 1]
 
+    def read(self) -> bool:
+        """Reads the index; False where file and index are not there, or not as they were made."""
+        try:
+            with np.load(self.path.with_suffix(".npz")) as found:
+                self.grids, self.places = found["grids"], found["places"]      # [N, 2], [all views]
+                if found["checksum"] == checksum(self.path):
+                    return True
+        except FileNotFoundError:
+            return False
+        except Exception:  # there is no end to what numpy makes of a damaged file
+            pass
+        say(f"{self.path} is damaged, and made anew", everyone=True)
+        return False
+
     @torch.no_grad()
-    def make(self, pictures: Iterable[Image.Image], model: SliME, index: Path) -> None:
+    def make(self, pictures: Iterable[Image.Image], model: SliME) -> None:
         """Writes the file and, last, its index: the pictures' grids, every view's place in it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Ranks and runs may make it at the same time: each its own files.
         handle, temporary = tempfile.mkstemp(dir=self.path.parent)
         grids, places, known = [], [], {}  # known: pixels -> place
         pictures = iter(tqdm(pictures, self.path.stem.rpartition("-")[0], unit="picture",
-                             leave=False, disable=not is_main()))
+                             leave=False))
         with os.fdopen(handle, "wb") as file:
             while some := list(islice(pictures, BATCH)):
                 new = []
@@ -82,8 +96,8 @@ class Features(Sequence):
                     file.write(features.float().cpu().numpy().tobytes())
         os.replace(temporary, self.path)
         with open(temporary, "wb") as file:
-            np.savez(file, grids=grids, places=places)
-        os.replace(temporary, index)
+            np.savez(file, grids=grids, places=places, checksum=checksum(self.path))
+        os.replace(temporary, self.path.with_suffix(".npz"))
 
     def __len__(self) -> int:
         return len(self.grids)

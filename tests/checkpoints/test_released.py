@@ -352,7 +352,6 @@ def test_bad_lora_folders(model, released, tmp_path, monkeypatch):
     lora, _ = lora_folder(model, released, tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for changes, message in (
-            ({"use_dora": True}, "only plain LoRA"),
             ({"base_model_name_or_path": "a/b"}, "neither a folder nor to be had from the hub"),
             ({"base_model_name_or_path": None}, "names no base model")):
         edit(lora, "adapter_config.json", **changes)

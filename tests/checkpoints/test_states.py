@@ -1,6 +1,5 @@
 """Killed at any moment, a run goes on as if nothing had happened."""
 
-import json
 import os
 import random
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flows import ROOT, losses, run_train, stop_after
+from flows import ENVIRONMENT, ROOT, losses, run_train, stop_after, until
 
 import train
 from sliming.checkpoints.states import States, discard
@@ -47,21 +46,18 @@ def rows(folder):
 def killed_often(start, out, save_every, kills, seed=0):
     """Starts the run and kills it at a random moment, `kills` times; then lets it finish."""
     rng = random.Random(seed)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "train.py"), *flags(start, out, save_every)]
     for kill in range(kills):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL,
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
         target = min(STEPS - 3, (kill + 1) * (STEPS - 2) // (kills + 1))
-        deadline = time.monotonic() + 120
-        while rows(out) < target and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
+        until(lambda: rows(out) >= target or process.poll() is not None)  # noqa: B023
         # With a state after every step, most moments lie in a step or in its saving.
         time.sleep(rng.random() * 0.15)
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -124,9 +120,8 @@ def test_two_ranks_killed_while_saving_go_on_as_one(start, half_done, tmp_path):
                str(ROOT / "train.py"), "--stage", "3", "--init-from", str(start),
                "--max-steps", "8", "--batch_size", "4", "--save_every", "2",
                "--eval-questions", "0", "--out", str(tmp_path), "--shard", "params"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
         while not writing.exists():
             assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
             time.sleep(0.002)
@@ -197,9 +192,7 @@ def test_a_state_is_of_its_moment(tmp_path):
         copies[step] = [tensor.clone() for tensor in (model.weight, model.bias, momentum)]
         for tensor in (model.weight, momentum):  # while it is being written
             tensor.data.add_(1)
-    deadline = time.monotonic() + 60
-    while states.writing and time.monotonic() < deadline:
-        states.settle(wait=False)
+    until(lambda: states.settle(wait=False) or not states.writing)
     names = [path.name for path in states.found()]
     assert names == ["step-00000003", "step-00000004"] == sorted(os.listdir(tmp_path))
     for step in (4, 3):
@@ -225,18 +218,14 @@ def test_a_state_that_cannot_be_written_gets_one_line(tmp_path, monkeypatch):
 
 def test_metrics_survive_a_kill_while_they_are_cut(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
+    row = '{{"step": {}, "loss": 1.5}}\n'
+    path.write_text("".join(map(row.format, range(3))) + '{"st')
     monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         cut_metrics(path, 2)
     monkeypatch.undo()
     assert [row["step"] for row in cut_metrics(path, 2)] == [0, 1]
-    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
-
-
-def test_only_the_last_states_are_kept(half_done):
-    half, _ = half_done
-    names = sorted(path.name for path in (half / "stage3" / "resume").iterdir())
-    assert names == ["step-00000002", "step-00000004"]
-    progress = json.loads((half / "stage3" / "resume" / names[-1] / "progress.json").read_text())
-    assert progress["step"] == 4 and progress["config"]["seed"] == 0
+    assert path.read_text() == row.format(0) + row.format(1)
+    path.write_text('{"step": 0}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl: holds rows that are no training's"):
+        cut_metrics(path, 2)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from flows import losses
+from flows import losses, run_train
 
 from sliming.config import STAGES, TrainConfig
 from sliming.inputs import Batch
@@ -92,6 +92,32 @@ def test_features_are_what_encode_gives_and_equal_views_are_kept_once(model, vie
     model.vision.clip.embeddings.class_embedding.data += 1
     encoded = Features(tmp_path, "some", pictures[:1], model, parts).path
     assert len({features.path, sliced, encoded}) == 3
+
+
+@pytest.mark.parametrize("suffix", [".f32", ".npz"])
+@pytest.mark.parametrize("damage", ["a bit", "cut", "gone"])
+def test_a_damaged_file_is_made_anew(model, views, tmp_path, capsys, suffix, damage):
+    pictures = [TrainingSet(3)[index]["image"] for index in (0, 1)]
+    path = Features(tmp_path, "some", pictures, model, "both").path
+    whole, damaged = path.read_bytes(), path.with_suffix(suffix)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content[:-5] if damage == "cut" else content)
+    if damage == "gone":
+        damaged.unlink()
+    views.clear()
+    for _ in range(2):
+        assert len(Features(tmp_path, "some", pictures, model, "both")) == 2 and len(views) == 1
+    assert path.read_bytes() == whole
+    said = capsys.readouterr().err.count(f"{path} is damaged, and made anew\n")
+    assert said == (damage != "gone")
+
+
+def test_one_rank_makes_the_pool_and_the_others_wait(tmp_path):
+    done = run_train(["--stage", 1, "--pool", 4, "--batch-size", 2, "--max-steps", 4,
+                      "--eval-questions", 0, "--out", tmp_path], ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("stage1-seed0-4-pictures: 0picture") == 1
 
 
 def test_held_out_pictures_are_encoded_once_for_all_stages(model, views, tmp_path):

@@ -1,6 +1,7 @@
 """The stand-ins can do what they are for, and packed attention is exact."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from sliming.backbones import TINY, Segments, packed_attention
-from sliming.checkpoints.pretrained import load_vision
+from sliming.config import PRESETS
+from sliming.model import SliME
 from sliming.tiny import pretrain
 from sliming.tiny.pictures import generator, sample_scene
 from sliming.tiny.pretrain import CLASSES, dense_labels, lookup_accuracy, tower_batch
@@ -25,7 +27,7 @@ def probe_data(tower, key, pictures):
 
 def test_the_tower_reads_labels_in_a_crop():
     """A linear read-out of the frozen features, fitted on some pictures, reads others."""
-    tower = load_vision("tiny", -1)
+    tower = SliME.from_backbones(PRESETS["tiny"].model).vision
     features, labels = probe_data(tower, 0, 400)
     fresh, truth = probe_data(tower, 1, 60)
     for head in ("tens", "ones", "letter", "colour"):
@@ -70,7 +72,9 @@ def test_the_stand_ins_can_be_made_again(tmp_path, monkeypatch, capsys):
                          for folder in (tmp_path, TINY))
         assert {key: t.shape for key, t in made.items()} == {key: t.shape
                                                              for key, t in shipped.items()}
-    assert load_vision(str(tmp_path / "vision"), -1)(torch.zeros(1, 3, 64, 64)).isfinite().all()
+    config = replace(PRESETS["tiny"].model, vision=str(tmp_path / "vision"))
+    tower = SliME.from_backbones(config).vision
+    assert tower(torch.zeros(1, 3, 64, 64)).isfinite().all()
     AutoTokenizer.from_pretrained(tmp_path / "llm")
 
 
