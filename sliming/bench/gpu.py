@@ -1,5 +1,5 @@
-"""All that a GPU can tell, in one command of at most thirteen minutes. Each part is a process of its
-own with a time limit, and its output is in OUT when it ends, whatever the parts after it do.
+"""All that a GPU can tell, in one command of at most thirteen minutes. Each part is a process of
+its own with a time limit, and its output is in OUT when it ends, whatever those after it do.
 
     kernels      the compiled kernels' tests
     attention    copy bandwidth, the best SDPA, FlexAttention, the released way
