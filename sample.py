@@ -11,11 +11,7 @@ The checkpoint is the newest one in out/ unless --checkpoint names a folder or a
 {"question_id", "prompt", "text"}; answers that are there already are not made again.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before `main` begins says nothing
-
+import sliming.quiet  # noqa: F401  # isort: skip
 import argparse
 import gc
 import os

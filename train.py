@@ -9,12 +9,7 @@ Each stage starts from the checkpoint of the one before in --out and writes its 
 that was interrupted goes on from its last state when the same command is given again.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before `main` begins says nothing
-
-import json
+import sliming.quiet  # noqa: F401  # isort: skip
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -38,23 +33,11 @@ def main() -> None:
         for stage in left_to_do(folder, wanted, config.resume):
             train_stage(config, stage, device)
             if is_main() and config.eval_questions and config.preset == "tiny":
+                from sliming.tiny.held_out import evaluate
                 evaluate(folder / f"stage{stage}", stage, config.eval_questions, device)
         discard(folder, wanted)  # all is done: nothing to go on from, no picture to come back to
         shutil.rmtree(folder / "features", ignore_errors=True)
     end()
-
-
-def evaluate(folder: Path, stage: int, questions: int, device) -> None:
-    """Asks a checkpoint of the tiny preset about held-out pictures, and writes eval.json."""
-    from sliming.model import SliME
-    from sliming.tiny.held_out import held_out_accuracy, table
-    from sliming.watch import say
-    model = SliME.from_pretrained(folder).to(device)
-    # After stage I only the global view is trained; the later stages answer with everything.
-    results = held_out_accuracy(model, questions, "global" if stage == 1 else "both",
-                                folder=folder.parent / "features")
-    (folder / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
-    say(table(results))
 
 
 if __name__ == "__main__":

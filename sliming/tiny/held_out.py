@@ -1,5 +1,6 @@
 """The built-in held-out questions, and how well a model answers them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,17 @@ def add_batch(counts: dict[str, list], model: SliME, batch: Batch, family: str, 
             done[setting] = sum(right), sum(int(keep.sum()) for keep in visual.keep)
         for place, value in enumerate(done[setting]):
             counts[name][place] += value
+
+
+def evaluate(folder: Path, stage: int, questions: int, device: torch.device) -> None:
+    """Asks the checkpoint that a stage has left in `folder` about held-out pictures, and writes
+    eval.json there."""
+    model = SliME.from_pretrained(folder).to(device)
+    # After stage I only the global view is trained; the later stages answer with everything.
+    results = held_out_accuracy(model, questions, "global" if stage == 1 else "both",
+                                folder=folder.parent / "features")
+    (folder / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+    watch.say(table(results))
 
 
 def table(results: dict[str, dict]) -> str:
