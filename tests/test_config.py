@@ -1,6 +1,7 @@
 """The paper's presets, on small backbones in local folders that stand for the hub's."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,18 @@ def test_table_7(name, llm_rate):
     for recipe in recipes.values():
         assert recipe.warmup_ratio == 0.03 and recipe.bf16 and recipe.steps is None
         assert recipe.shard in SHARDING
+
+
+def test_small_presets_fit_one_gpu_of_24_gb():
+    """On paper; the whole of 1.5 billion weights would not."""
+    from sliming.bench.memory import estimate, on_paper
+    for name, most in (("small", 14e9), ("small-1.5b", 14e9)):
+        model, preset = on_paper(name), PRESETS[name]
+        assert preset.model.template == "tokenizer"
+        for stage, recipe in preset.recipes.items():
+            assert recipe.shard == "none" and recipe.bf16 and recipe.max_tokens == 2048
+            assert sum(estimate(model, recipe, stage, 1).values()) < most
+    assert sum(estimate(model, replace(recipe, lora=False), 3, 1).values()) > 24e9
 
 
 def test_the_readme_commands_on_two_ranks(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Memory of each preset, estimated: on a GPU in training, and of the machine for it.
+"""Memory and arithmetic of each preset, estimated: on a GPU in training, and of its machine.
 
     weights      what is trained in float32, the rest in bfloat16; divided by the ranks when sharded
     gradients    float32 of what is trained, divided likewise; Adam's two moments the same twice
@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config
 
 from sliming.backbones import VisionTower, build_llm, on_meta
 from sliming.bench.timing import show
+from sliming.chat import IMAGE_TOKEN, Encoded
 from sliming.checkpoints.lora import ALPHA, RANK
 from sliming.config import PRESETS, STAGES, Recipe, SliMEConfig
 from sliming.inputs import Processor
@@ -36,12 +37,21 @@ def llama(width: int, inner: int, layers: int, heads: int, groups: int, words: i
                        max_position_embeddings=8192, bos_token_id=0, eos_token_id=words - 1)
 
 
+def qwen(width: int, inner: int, layers: int, heads: int) -> Qwen2Config:
+    return Qwen2Config(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+                       num_attention_heads=heads, num_key_value_heads=2, tie_word_embeddings=True,
+                       eos_token_id=151_645)
+
+
 LANGUAGE_MODELS = {
     "vicuna-7b": llama(4096, 11008, 32, 32, 32, 32_000),
     "vicuna-13b": llama(5120, 13824, 40, 40, 40, 32_000),
     "llama3-8b": llama(4096, 14336, 32, 32, 8, 128_256),
     "llama3-70b": llama(8192, 28672, 80, 64, 8, 128_256),
+    "small": qwen(896, 4864, 24, 14),
+    "small-1.5b": qwen(1536, 8960, 28, 12),
 }
+CROPS, WORDS = 6, 150  # of the record whose arithmetic is counted
 
 
 def on_paper(preset: str, tokenizer=None, layers: int | None = None) -> SliME:
@@ -52,8 +62,10 @@ def on_paper(preset: str, tokenizer=None, layers: int | None = None) -> SliME:
     config = SliMEConfig(vision_layer=-1, separator_id=0, slicing="official", global_view="squash",
                          vision_config=tower, llm_config=llm)
     with on_meta():
-        return SliME(config, VisionTower(CLIPVisionConfig.from_dict(tower)), build_llm(llm),
-                     Processor(config, tokenizer))
+        model = SliME(config, VisionTower(CLIPVisionConfig.from_dict(tower)), build_llm(llm),
+                      Processor(config, tokenizer))
+    model.llm.tie_weights()  # again: the meta device has parted them
+    return model
 
 
 def numel(module: nn.Module) -> int:
@@ -94,16 +106,29 @@ def estimate(model: SliME, recipe: Recipe, stage: int, ranks: int) -> dict[str, 
             "host": sum(states.values()) if on_host else 0.0}
 
 
+def flops(model: SliME, recipe: Recipe, stage: int) -> float:
+    """Floating-point operations of a record of CROPS crops and WORDS words, recomputation included:
+    those of `watch.step_flops`, every local token kept."""
+    parts, p = STAGES[stage].parts, model.processor
+    views = {"global": 1, "local": CROPS}.get(parts, 1 + CROPS)
+    tokens = WORDS + p.token_count(Encoded([IMAGE_TOKEN], [], []), [(CROPS, 1)], parts)
+    layers = numel(model.llm.get_decoder().layers)
+    passes = 4 + 2 * ("llm" in STAGES[stage].trained and not recipe.lora) + 2 * recipe.recompute
+    return 2 * numel(model.vision) * views * p.num_patches + passes * layers * tokens
+
+
 def memory(device: torch.device, out: Path) -> None:
-    """A row for each preset, stage and number of GPUs."""
-    rows = []
+    """A row for each preset, stage and number of GPUs; the arithmetic of each preset."""
+    rows, work = [], []
     for preset in PRESETS:
         if preset == "tiny":
             continue
-        model = on_paper(preset)
+        model, recipes = on_paper(preset), PRESETS[preset].recipes
+        work.append([preset, *(f"{flops(model, recipes[stage], stage) / 1e12:.1f}"
+                               for stage in STAGES)])
         for stage in (1, 3):  # II is as I
-            recipe = PRESETS[preset].recipes[stage]
-            for ranks in (8, 16):
+            recipe = recipes[stage]
+            for ranks in (1,) if recipe.shard == "none" else (8, 16):
                 parts = estimate(model, recipe, stage, ranks)
                 host = parts.pop("host")
                 rows.append([f"{preset}, {'III' if stage == 3 else 'I, II'}", ranks, recipe.shard,
@@ -111,5 +136,7 @@ def memory(device: torch.device, out: Path) -> None:
                              f"{sum(parts.values()) / GB:.0f}", f"{min(ranks, 8) * host / GB:.0f}"])
     show("GB, estimated", ["preset, stage", "GPUs", "sharding", "weights", "gradients", "moments",
                            "gathered", "activations", "logits", "one GPU", "a machine of 8"], rows)
+    show(f"TFLOP of a record of {CROPS} crops and {WORDS} words, estimated",
+         ["preset", "I", "II", "III"], work)
     print(f"LoRA: rank {RANK}, alpha {ALPHA}. Not measured on GPUs; see the README for what was "
           "checked on CPU ranks.")
