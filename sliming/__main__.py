@@ -7,6 +7,7 @@ print(f"""sliming {sliming.__version__}: SliME, the model of "Beyond LLaVA-HD"
   torchrun train.py --stage all     the tiny preset in three stages (minutes on a laptop, offline)
   torchrun train.py --stage 1       one stage; then 2 and 3. --help lists the flags
   python sample.py --image FILE --prompt "..."    ask the newest checkpoint; --explain PNG draws
+  python -m sliming.tour            one image and one question through the model, step by step
   python -m sliming.tiny            a built-in picture to ask about; the stand-ins made again
   python -m sliming.evaluation      held-out questions, your own records, the paper's benchmarks
   python -m sliming.checkpoints     merge LoRA adapters; write under the released models' names

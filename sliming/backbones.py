@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
@@ -107,8 +108,19 @@ class ConvStem(nn.Module):
 
 def build_llm(config: dict, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A language model of the given transformers configuration (as `to_dict` gives it), without
-    weights: its parameters are on the meta device."""
+    weights: its parameters are on the meta device. ValueError for one whose attention is another
+    than `packed_attention`."""
     config = AutoConfig.for_model(**config)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    others |= {name for name in ("sliding_window", "attention_chunk_size", "attn_logit_softcapping")
+               if getattr(config, name, None)}
+    if not getattr(kind, "_supports_attention_backend", False):
+        others.add("an attention of its own")
+    if others:
+        raise ValueError(f"the language model {config.model_type} has {', '.join(sorted(others))}; "
+                         "take one that attends to everything: Llama, Qwen2, Qwen2.5, SmolLM2, "
+                         "Mistral from its version 0.2 on")
     with no_init_weights(), on_meta():
         llm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False,
                                                attn_implementation="sliming_packed")

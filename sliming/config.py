@@ -219,9 +219,9 @@ class TrainConfig:
     stage: str = flag("which stage(s) to run", "all", choices=("1", "2", "3", "all"))
     preset: str = flag("model and hyperparameters", "tiny", choices=tuple(PRESETS))
     out: str = flag("folder; the stages write stage1, stage2 and stage3 in it", "out")
-    data: list[str] | None = flag("LLaVA-format JSON or JSONL files (id, image, conversations), "
-                                  "each with a weight if wanted: a.json b.jsonl:0.5; without it "
-                                  "the built-in pictures")
+    data: list[str] | None = flag("JSON, JSONL or parquet files of records, folders of parquet "
+                                  "files, hub:owner/name[:subset][:split]; each with a weight if "
+                                  "wanted: a.json b.jsonl:0.5; without it the built-in pictures")
     images: str = flag("folder that the image paths in --data are relative to", ".")
     vision: str | None = flag("folder or hub id of the vision tower, instead of the preset's")
     llm: str | None = flag("folder or hub id of the language model, instead of the preset's")
@@ -247,7 +247,11 @@ class TrainConfig:
                                  "former behind it)", "together",
                                  choices=("together", "alternate"))
     compile: bool = flag("torch.compile the language model's layers (a GPU and --bf16)", False)
-    tensorboard: bool = flag("also write TensorBoard's files (pip install tensorboard)", False)
+    report: str | None = flag("where metrics go, too (a package to be installed)", None,
+                              choices=("wandb", "trackio", "tensorboard"))
+    sample_every: int = flag("steps between answers to a few held-out questions, to the log and as "
+                             "a picture in the stage's folder; of --data the last four records of "
+                             "the first file are held back for them; 0: never", 0, NATURAL)
 
     max_steps: int | None = flag("optimizer steps per stage", None, COUNT)
     batch_size: int | None = flag("records per step over all ranks together", None, BATCH)
@@ -303,6 +307,8 @@ class TrainConfig:
             parser.error("--pool is of whole built-in pictures: leave --data and --max-tokens away")
         if config.stage == "all" and config.init_from:
             parser.error("--init-from says where one stage starts: name the stage with --stage")
+        if config.sample_every and any(config.recipe(s).shard != "none" for s in STAGES):
+            parser.error("--sample-every asks a model that is whole on each rank: --shard none")
         # A checkpoint brings its backbones; the released stage files do not.
         adapters = config.init_from and (Path(config.init_from) / "mm_projector.bin").exists()
         if config.init_from and not adapters and (config.vision or config.llm):

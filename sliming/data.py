@@ -1,8 +1,9 @@
 """From records to batches: LLaVA-format files, and the order in which they are seen.
 
 A record is {"id": ..., "image": path | [paths] | absent, "conversations": [{"from": "human" |
-"gpt", "value": text}, ...]}; a file is a JSON list of them or JSONL. A bad record raises
-RecordError; in training it is skipped, named and counted unless the run is strict.
+"gpt", "value": text}, ...]}, or has one of the hub's forms (hub.py); a file is a JSON list of them,
+JSONL or parquet. A bad record raises RecordError; in training it is skipped, named and counted
+unless the run is strict.
 
 Files may hold millions of records. None is kept in memory: an index of byte offsets is built once,
 written beside a large file (or into a cache where that folder is read-only) and memory-mapped from
@@ -27,6 +28,7 @@ from torch.utils.data import Dataset
 from sliming.chat import IMAGE, encode
 from sliming.config import Recipe
 from sliming.guard import fingerprint, open_file
+from sliming.hub import FORMS, Picture, Shards, as_llava, download, form_of
 from sliming.images import full_size
 from sliming.inputs import Batch, Processor, Sample
 from sliming.records import RecordError, elements, inside, parse
@@ -71,6 +73,18 @@ class RecordFile(Sequence):
             raise RecordError(f"{path}: no records in it")
         if stat.st_size >= SMALL:
             self.keep(stamp)
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.path]
+
+    @property
+    def form(self) -> str:
+        """How its first record says what is said."""
+        try:
+            return FORMS.get(form_of(self[0]), "of no known form")
+        except RecordError:
+            return "the first is broken"
 
     def places(self) -> list[Path]:
         """Where the index may lie: beside the file, or in the user's cache."""
@@ -156,21 +170,23 @@ def check_record(record: object) -> tuple[list[dict], list]:
     if not isinstance(record, dict):
         raise RecordError("a record must be an object with `conversations`, "
                           f"not {type(record).__name__}")
+    record = as_llava(record)
     name = f"record {record.get('id', '(no id)')}"
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise RecordError(f"{name}: no conversations")
+    system = isinstance(turns[0], dict) and turns[0].get("from") == "system"
     for index, turn in enumerate(turns):
-        who = "human" if index % 2 == 0 else "gpt"
+        who = "system" if index < system else "gpt" if (index - system) % 2 else "human"
         said = turn.get("value") if isinstance(turn, dict) and turn.get("from") == who else None
         if not isinstance(said, str):
             raise RecordError(f"{name}: turn {index + 1} must be "
                               f'{{"from": "{who}", "value": text}}')
         if who == "gpt" and not said.strip():
             raise RecordError(f"{name}: turn {index + 1} is an empty answer")
-        if who == "gpt" and IMAGE in said:
-            raise RecordError(f"{name}: turn {index + 1} is an answer with an {IMAGE} marker")
-    if len(turns) % 2:
+        if who != "human" and IMAGE in said:
+            raise RecordError(f"{name}: turn {index + 1} is no question, but has an {IMAGE} marker")
+    if turns[-1]["from"] != "gpt":
         raise RecordError(f"{name}: the last question has no answer")
     images = record.get("image", [])
     images = images if isinstance(images, list) else [images]
@@ -195,9 +211,10 @@ def load_sample(record: dict, folder: Path | None, template: str, processor: Pro
     try:
         if folder is not None:  # the built-in pictures are images themselves
             for image in images:
-                if not isinstance(image, str):
+                if not isinstance(image, str | Picture):
                     raise RecordError(f"an image must be a path, not {type(image).__name__}")
-            images = [inside(folder, image) for image in images]
+            images = [image if isinstance(image, Picture) else inside(folder, image)
+                      for image in images]
         # Pictures that the tower has read already come as they are.
         opened = [image if isinstance(image, Slices) else processor.open(image)
                   for image in images]
@@ -229,12 +246,16 @@ class Mixture:
 
     A weight of 2 shows every record twice an epoch, .5 a different half every epoch.
     `records[place]` is the record at a place of the endless order, `len` the records of one epoch.
+    `hold_back`: records at the end of the first file that are not in it, but in `held`.
     """
 
-    def __init__(self, files: list[RecordFile], weights: list[float], seed: int):
-        self.files, self.seed = files, seed
-        self.counts = [max(1, round(weight * len(file)))
-                       for file, weight in zip(files, weights, strict=True)]
+    def __init__(self, files: list[RecordFile | Shards], weights: list[float], seed: int,
+                 hold_back: int = 0):
+        self.files, self.seed, self.sizes = files, seed, [len(file) for file in files]
+        self.sizes[0] = max(1, self.sizes[0] - hold_back)
+        self.held = [files[0][index] for index in range(self.sizes[0], len(files[0]))]
+        self.counts = [max(1, round(weight * size))
+                       for size, weight in zip(self.sizes, weights, strict=True)]
         self.starts = np.cumsum([0, *self.counts])
         self.orders: dict[int, dict[int, np.ndarray]] = {}  # of what is shuffled: turn -> order
 
@@ -244,16 +265,22 @@ class Mixture:
     @property
     def fingerprints(self) -> dict[str, str]:
         """What the files are, that a run goes on with the same ones."""
-        return {str(file.path): fingerprint(file.path) for file in self.files}
+        return {str(path): fingerprint(path) for file in self.files for path in file.paths}
 
-    def where(self, place: int) -> tuple[RecordFile, int]:
+    def __str__(self) -> str:
+        """What was found, for the first line of a run."""
+        found = [f"{file.path} ({len(file):,} records: {file.form})" for file in self.files]
+        rest = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        return f"{len(self):,} records an epoch from {', '.join(found[:4])}{rest}"
+
+    def where(self, place: int) -> tuple[RecordFile | Shards, int]:
         """File and index in it of the record at a place."""
         epoch, rest = divmod(place, len(self))
         slot = int(self.order(0, len(self), epoch)[rest])
         which = int(np.searchsorted(self.starts, slot, side="right")) - 1
-        file = self.files[which]
-        turn, at = divmod(epoch * self.counts[which] + slot - int(self.starts[which]), len(file))
-        return file, int(self.order(1 + which, len(file), turn)[at])
+        file, size = self.files[which], self.sizes[which]
+        turn, at = divmod(epoch * self.counts[which] + slot - int(self.starts[which]), size)
+        return file, int(self.order(1 + which, size, turn)[at])
 
     def order(self, what: int, size: int, turn: int) -> np.ndarray:
         """The `turn`-th seeded order of `size` things: int64 [size]. The last two are kept, as a
@@ -274,8 +301,9 @@ class Mixture:
         return file[index]
 
 
-def open_mixture(specification: list[str], seed: int) -> Mixture:
-    """Files with optional weights, "a.json" or "b.jsonl:0.5", as one mixture. RecordError."""
+def open_mixture(specification: list[str], seed: int, hold_back: int = 0) -> Mixture:
+    """What `open_records` takes, with optional weights, "a.json" or "b.jsonl:0.5", as one mixture.
+    RecordError."""
     files, weights = [], []
     for item in specification:
         path, colon, weight = item.rpartition(":")
@@ -286,8 +314,19 @@ def open_mixture(specification: list[str], seed: int) -> Mixture:
             weights.append(1.0)
         if not 0 < weights[-1] <= 1000:
             raise RecordError(f"{item}: a weight must be above 0 and at most 1000")
-        files.append(RecordFile(path if colon else item))
-    return Mixture(files, weights, seed)
+        files.append(open_records(path if colon else item))
+    return Mixture(files, weights, seed, hold_back)
+
+
+def open_records(name: str) -> RecordFile | Shards:
+    """The records of a JSON, JSONL or parquet file, of a folder's parquet files, or of a dataset,
+    hub:owner/name[:subset][:split]. RecordError."""
+    path = Path(name)
+    if name.startswith("hub:"):
+        return Shards(name, download(name))
+    if path.is_dir():
+        return Shards(name, sorted(path.rglob("*.parquet")))
+    return Shards(name, [path]) if path.suffix == ".parquet" else RecordFile(path)
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -321,6 +360,10 @@ class Steps(Dataset):
     rank: int = 0
     world: int = 1
     noise: tuple[int, ...] = (0,)     # what training noise is drawn from, besides the place
+
+    def __post_init__(self):
+        turns = [{"from": "human", "value": "-"}, {"from": "gpt", "value": "-"}] * 2
+        encode(turns, self.template, self.processor.tokenizer)  # a template that does not fit
 
     def __len__(self) -> int:
         return self.steps - self.first

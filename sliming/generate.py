@@ -87,15 +87,15 @@ class Answering:
 
     @torch.no_grad()
     def generate(self, sample: Sample, *, gamma: float | None = None, max_new_tokens: int = 128,
-                 temperature: float = 0.0, top_p: float = 1.0,
+                 temperature: float = 0.0, top_p: float = 1.0, parts: str = "both",
                  cache: PackedCache | None = None) -> Iterator[int]:
         """Yields the answer's token ids as they come, without the end token.
 
         `temperature` 0 is greedy. `top_p` < 1 draws from the smallest set of tokens with that much
-        probability. `cache`: keys and values of what came before `sample`; those of `sample` and of
-        the answer, its last token not, are added.
+        probability. `parts`: what the sample shows, where not all. `cache`: keys and values of what
+        came before `sample`; those of `sample` and of the answer, its last token not, are added.
         """
-        inputs, lengths = self.embed_prompts([sample], gamma)                  # [T, D]
+        inputs, lengths = self.embed_prompts([sample], gamma, parts)           # [T, D]
         cache = PackedCache() if cache is None else cache
         used = sum(cache.lengths) + len(inputs)
         if self.room(used) < max_new_tokens:
@@ -150,14 +150,15 @@ class Answering:
         context = self.processor.context
         return sys.maxsize if context is None else context - used + 1
 
-    def embed_prompts(self, samples: list[Sample], gamma: float | None) -> tuple[Tensor, list[int]]:
+    def embed_prompts(self, samples: list[Sample], gamma: float | None,
+                      parts: str = "both") -> tuple[Tensor, list[int]]:
         """Prompts as the language model reads them, without the noise of training: [T, D], and
         their lengths, sum T."""
         training = self.training
         self.eval()
         batch = Batch.pack(samples)
         features, batch = self.encode_once(batch), batch.to(self.device)
-        inputs, _, lengths = self.embed(batch, self.see(batch, gamma=gamma, features=features))
+        inputs, _, lengths = self.embed(batch, self.see(batch, parts, gamma, features=features))
         self.train(training)
         return inputs, lengths
 

@@ -32,7 +32,7 @@ from transformers import CLIPVisionConfig, PreTrainedModel
 
 from sliming.backbones import Segments, VisionTower, build_llm, cast
 from sliming.chat import IGNORE
-from sliming.checkpoints import files, pretrained, released
+from sliming.checkpoints import card, files, pretrained, released
 from sliming.checkpoints.lora import without_lora
 from sliming.config import SliMEConfig
 from sliming.distributed import materialise
@@ -258,6 +258,7 @@ class SliME(nn.Module, Answering, ModelHubMixin):
              offload: bool = False) -> "SliME":
         """Moves the model to a device and reads its weights, or this rank's part of them."""
         materialise(self, device, offload)
+        self.source = found.folder
         self.llm.tie_weights()
         files.fill(without_lora(self.tensors()), found.tensors, found.folder, found.called,
                    found.optional)
@@ -265,9 +266,10 @@ class SliME(nn.Module, Answering, ModelHubMixin):
 
     def save_pretrained(self, folder: str | Path, *, config: None = None,
                         model_card_kwargs: dict | None = None) -> None:
-        """Writes config.json, safetensors and the tokenizer's files, or nothing (OSError). The
-        keywords are what the mixin's `push_to_hub` passes along."""
+        """Writes config.json, safetensors and the tokenizer's files, or nothing (OSError); and a
+        model card (see `card.write`). `push_to_hub` passes the keywords along."""
         files.write(Path(folder), self.config, self.tensors(), self.processor.tokenizer)
+        card.write(Path(folder), self.config, getattr(self, "source", None), model_card_kwargs)
 
     def tensors(self) -> dict[str, Tensor]:
         """All parameters and persistent buffers by name; tied weights once."""

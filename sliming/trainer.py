@@ -39,6 +39,7 @@ from sliming.data import RecordError, Share, Steps, open_mixture
 from sliming.guard import Stopped, deaf
 from sliming.inputs import Batch, seed_of
 from sliming.model import SliME
+from sliming.samples import ask_held_out
 from sliming.tiny.features import training_set
 
 
@@ -59,6 +60,7 @@ class Run:
     steps: int    # of the whole stage
     first: int    # steps that are done already
     skipped: int  # records, so far
+    work: Steps
     shares: Iterator[Share]
 
 
@@ -72,7 +74,7 @@ def train_stage(config: TrainConfig, stage: int, device: torch.device, kind: typ
     fit), FloatingPointError (loss or gradient not finite), Stopped (by a signal).
     """
     run = set_up(config, stage, device, kind, records)
-    with watch.Log(run.out, f"stage {stage}", run.first, run.steps, config.tensorboard) as log:
+    with watch.Log(run.out, f"stage {stage}", run.first, run.steps, config.report) as log:
         for step in range(run.first, run.steps):
             began = time.perf_counter()
             share = next(run.shares)
@@ -87,6 +89,8 @@ def train_stage(config: TrainConfig, stage: int, device: torch.device, kind: typ
             run.optimizer.zero_grad()
             stop = log.write(row, device)
             run.states.settle(wait=False)
+            if config.sample_every and (step + 1) % config.sample_every == 0 and ranks.is_main():
+                ask_held_out(run.model, run.work, step + 1, run.out)
             if (step + 1) % config.save_every == 0 or step + 1 == run.steps or stop:
                 run.states.save(step + 1, run.skipped)
             if stop:
@@ -128,9 +132,11 @@ def set_up(config: TrainConfig, stage: int, device: torch.device, kind: type[Sli
               for part in plan.trained]
     trained = [parameter for group in groups for parameter in group["params"]]
     folder = Path(config.images) if config.data else None
-    if records is None:
-        records = (open_mixture(config.data, config.seed) if config.data else
-                   training_set(config, stage, model, device))
+    if records is None and config.data:
+        records = open_mixture(config.data, config.seed, 4 if config.sample_every else 0)
+        watch.say(f"stage {stage} reads {records}")
+    elif records is None:
+        records = training_set(config, stage, model, device)
     steps = recipe.steps or max(1, len(records) // recipe.batch_size)
     learned, all_of = (sum(p.numel() for p in some) for some in (trained, model.parameters()))
     watch.say(f"stage {stage}: shows {plan.parts}, trains {', '.join(plan.trained)}"
@@ -154,7 +160,7 @@ def set_up(config: TrainConfig, stage: int, device: torch.device, kind: type[Sli
     model.train()
     model.vision.eval()
     return Run(config, stage, plan.parts, recipe, device, out, model, trained, optimizer, states,
-               steps, first, skipped, iter(loader))
+               steps, first, skipped, work, iter(loader))
 
 
 def starting_point(config: TrainConfig, stage: int) -> files.Checkpoint:

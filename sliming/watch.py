@@ -1,9 +1,11 @@
 """What a run shows of itself: memory, arithmetic, metrics.jsonl, the loss curve, tables of text."""
 
+import importlib
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,19 +54,21 @@ def peak_memory(device: torch.device) -> float:
 
 
 class Log:
-    """metrics.jsonl, the progress bar and, if wanted, TensorBoard, of one stage on the first rank;
-    and the signals that ask for an end. To be entered with `with`.
+    """metrics.jsonl, the progress bar and, if wanted, a `report` elsewhere, of one stage on the
+    first rank; and the signals that ask for an end. To be entered with `with`.
 
     `history` holds all rows, those before step `first` from the file.
     """
 
-    def __init__(self, out: Path, name: str, first: int, steps: int, tensorboard: bool):
+    def __init__(self, out: Path, name: str, first: int, steps: int,
+                 report: str | None = None):
         self.path = out / "metrics.jsonl"
         self.history = cut_metrics(self.path, first) if is_main() else []
         self.file = open(self.path, "a") if is_main() else None
         self.progress = tqdm(total=steps, initial=first, desc=name, unit="step",
                              disable=not is_main())
-        self.board = tensorboard_writer(out) if tensorboard and is_main() else None
+        nowhere = (lambda row: None), (lambda: None)
+        self.report, self.end = reporter(report, out) if report and is_main() else nowhere
         self.began = time.perf_counter()
 
     def __enter__(self) -> "Log":
@@ -97,9 +101,7 @@ class Log:
         notes += [f"{row['skipped']} skipped"] if row["skipped"] else []
         self.progress.set_postfix_str(", ".join(notes), refresh=False)
         self.progress.update()
-        if self.board is not None:
-            for name in ("loss", "grad_norm", "lr", "tokens_per_second", "data_wait"):
-                self.board.add_scalar(name, row[name], row["step"])
+        self.report(row)
         return stop
 
     def __exit__(self, *error: object) -> None:
@@ -107,16 +109,25 @@ class Log:
         self.progress.close()
         if self.file is not None:
             self.file.close()
-        if self.board is not None:
-            self.board.close()
+        self.end()
 
 
-def tensorboard_writer(out: Path):
+def reporter(where: str, out: Path) -> tuple[Callable[[dict], None], Callable[[], None]]:
+    """How a row of metrics gets to wandb, trackio or TensorBoard, and how that ends. ValueError
+    with what to type where the package is missing, or takes no run."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        if where == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(out / "tensorboard")
+            return (lambda row: [board.add_scalar(name, value, row["step"])
+                                 for name, value in row.items()]), board.close
+        package = importlib.import_module(where)  # the two have one interface
+        package.init(project="sliming", name=str(out))
+        return (lambda row: package.log(row, step=row["step"])), package.finish
     except ModuleNotFoundError as error:
-        raise ValueError("--tensorboard needs a package: pip install tensorboard") from error
-    return SummaryWriter(out / "tensorboard")
+        raise ValueError(f"--report {where} needs a package: pip install {where}") from error
+    except Exception as error:  # not logged in, no network: whatever theirs raise
+        raise ValueError(f"--report {where}: it takes no run ({error})") from error
 
 
 def say(text: str, everyone: bool = False) -> None:

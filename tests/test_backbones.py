@@ -14,7 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sliming import backbones
-from sliming.backbones import TINY, PackedCache, Segments, packed_attention, without_cudnn
+from sliming.backbones import (
+    TINY,
+    PackedCache,
+    Segments,
+    build_llm,
+    packed_attention,
+    without_cudnn,
+)
 from sliming.checkpoints import pretrained, released
 from sliming.checkpoints.states import States
 from sliming.config import PRESETS, Recipe, TrainConfig
@@ -421,3 +428,38 @@ def test_the_tests_run_on_the_cpu(monkeypatch):
     assert seen["CUDA_VISIBLE_DEVICES"] == ""
     flows.run_train([], CUDA_VISIBLE_DEVICES="1")
     assert seen["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+@pytest.mark.parametrize("kind, settings, named", [
+    ("mistral", {"sliding_window": 64}, "mistral has .*sliding_window"),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, "qwen2 has .*sliding"),
+    ("gemma2", {}, "gemma2 has .*attn_logit_softcapping"),
+    ("gpt_oss", {}, "gpt_oss has .*sliding"),
+    ("mpt", {}, "mpt has an attention of its own"),
+    ("mamba", {}, "mamba has .*an attention of its own")])
+def test_language_models_that_attend_otherwise_are_refused_by_name(kind, settings, named):
+    with pytest.raises(ValueError, match=f"{named}.*; take one .*Qwen2"):
+        build_llm({"model_type": kind, **settings})
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("llama", {}), ("qwen2", {}), ("qwen3", {}), ("mistral", {"sliding_window": None})])
+def test_packed_samples_of_other_language_models_are_as_alone(kind, settings):
+    """Hidden states of two samples in one row, and of each by itself."""
+    torch.manual_seed(0)
+    llm = build_llm({"model_type": kind, "vocab_size": 50, "hidden_size": 32, "head_dim": 8,
+                     "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                     "num_key_value_heads": 2, **settings})
+    llm.to_empty(device="cpu")
+    for parameter in llm.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    llm.get_decoder().rotary_emb = type(llm.get_decoder().rotary_emb)(llm.config)
+    inputs, lengths = torch.randn(11, 32), [4, 7]
+
+    def read(inputs, lengths):
+        segments = Segments(lengths, "cpu")
+        return llm.get_decoder()(inputs_embeds=inputs[None], segments=segments, use_cache=False,
+                                 position_ids=segments.positions[None]).last_hidden_state[0]
+
+    alone = torch.cat([read(part, [len(part)]) for part in inputs.split(lengths)])
+    torch.testing.assert_close(read(inputs, lengths), alone, atol=1e-5, rtol=1e-5)

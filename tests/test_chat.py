@@ -4,10 +4,11 @@ import json
 
 import pytest
 from flows import LLAMA3_TOKENS
+from reference import reference_folder
 from transformers import AutoTokenizer
 
 from sliming.backbones import TINY
-from sliming.chat import IGNORE, IMAGE_TOKEN, encode
+from sliming.chat import IGNORE, IMAGE_TOKEN, encode, end_token
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +131,127 @@ def test_tokenizer_takes_any_text(tokenizer, text):
 def test_a_number_is_one_token(tokenizer):
     for number in range(10, 100):
         assert len(tokenizer(f" {number}", add_special_tokens=False)["input_ids"]) == 1
+
+
+def test_a_system_prompt_takes_the_place_of_the_templates_own(tokenizer):
+    conversation = [{"from": "system", "value": "Be brief."}, *turns("Who?", "me")]
+    for template, words in (("chat", "<s>Be brief. USER: Who? ASSISTANT:<> me</s></>"),
+                            ("vicuna_v1", "<s>Be brief. USER: Who? ASSISTANT:<> me</s></>")):
+        assert spoken(encode(conversation, template, tokenizer), tokenizer) == words
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "llm")
+    tokenizer.add_special_tokens({"additional_special_tokens": LLAMA3_TOKENS})
+    words = spoken(encode(conversation, "llama3", tokenizer), tokenizer)
+    assert words.startswith("<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+                            "<|start_header_id|>user")
+
+
+# --------------------------------------------------------------------- the tokenizer's own template
+
+CONTROL = ["<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|start_of_role|>",
+           "<|end_of_role|>", "<|end_of_text|>", "<|user|>", "<|assistant|>", "<|end|>",
+           *LLAMA3_TOKENS]
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def with_template(text, special=CONTROL):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "llm")
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+def as_messages(conversation):
+    role = {"human": "user", "gpt": "assistant"}
+    return [{"role": role.get(turn["from"], "system"), "content": turn["value"]}
+            for turn in conversation]
+
+
+def learned(encoded, tokenizer):
+    """What is learned, answer by answer."""
+    return [part.partition("</>")[0] for part in spoken(encoded, tokenizer).split("<>")[1:]]
+
+
+def check_own_template(tokenizer):
+    """Token for token what the tokenizer makes of the template, and the answers are learned."""
+    words = turns("How many?", "four", "And rows?", "two of them")
+    for text in (None, "Be brief.", ""):
+        system = [] if text is None else [{"from": "system", "value": text}]
+        encoded = encode([*system, *words], "tokenizer", tokenizer)
+        own = tokenizer.apply_chat_template(as_messages([*system, *words]), tokenize=True)
+        assert encoded.ids == own["input_ids"]
+        end = tokenizer.decode([end_token("tokenizer", tokenizer)])
+        assert [text.lstrip(" ") for text in learned(encoded, tokenizer)] == [
+            "four" + end, "two of them" + end]
+        assert tokenizer.decode(encoded.question) == "How many?And rows?"
+        prompt = encode([*system, *words[:3]], "tokenizer", tokenizer)
+        assert prompt.ids == encoded.ids[:len(prompt.ids)]
+        assert encoded.labels[len(prompt.ids)] != IGNORE
+        rest = encode(words[2:], "tokenizer", tokenizer, begin=False)
+        assert encoded.ids[-len(rest.ids):] == rest.ids
+    # What the template is made of, in somebody's mouth.
+    spelled = "".join(CONTROL) + "</s>[INST]"
+    said = turns(f"<image>\nSay {spelled}", spelled, "Again", f"again {spelled} twice")
+    encoded, plain = (encode(each, "tokenizer", tokenizer)
+                      for each in (said, turns("<image>\nSay", "x", "Again", "y")))
+    special = set(tokenizer.added_tokens_decoder)
+    assert [t for t in encoded.ids if t in special] == [t for t in plain.ids if t in special]
+    assert [text.lstrip(" ") for text in learned(encoded, tokenizer)] == [
+        spelled + end, f"again {spelled} twice{end}"]
+    assert encoded.ids.count(IMAGE_TOKEN) == 1
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("joined", [False, True])  # as files they are indented, in use mostly not
+def test_templates_of_language_models(joined):
+    files = sorted(reference_folder("chat_templates").glob("*.jinja"))
+    assert len(files) >= 9
+    for file in files:
+        text = file.read_text()
+        if joined and "{%-" not in text:
+            text = text.replace("    ", "").replace("\n", "")
+        check_own_template(with_template(text))
+
+
+def test_chatml_and_the_built_in_llama3():
+    check_own_template(with_template(CHATML))
+    tokenizer = with_template(
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+        "\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+    conversation = [{"from": "system", "value": "Be brief."}, *turns(*SAID)]
+    for said in (conversation, conversation[1:], conversation[:-1]):
+        assert encode(said, "tokenizer", tokenizer) == encode(said, "llama3", tokenizer)
+
+
+@pytest.mark.parametrize("template, message", [
+    (None, "no chat template: use an instruction-tuned language model"),
+    (CHATML.replace("m.content", "m.content | upper"), "changes what is said"),
+    (CHATML.replace("m.content", "m.content[:2]"), "changes what is said"),
+    (CHATML.replace("<|im_end|>", "END"), "ends an answer with 'END.n', which is no special token"),
+    (CHATML.replace("assistant", "bot"), "prompt .* is not what stands before an answer"),
+    ("{{ raise_exception('no such role') }}", "does not take a conversation .*no such role"),
+    ("{{ ''.__class__.__mro__ }}", "does not take a conversation .*unsafe"),
+])
+def test_templates_that_cannot_be_cut_say_so(template, message):
+    with pytest.raises(ValueError, match=message) as error:
+        encode(turns("Who?", "me"), "tokenizer", with_template(template))
+    assert "\n" not in str(error.value)
+
+
+def test_tokens_that_no_tokenizer_passes_as_text_stay_text():
+    """Added, but not special, as Qwen's <tool_call>."""
+    tokenizer = with_template(CHATML)
+    tokenizer.add_tokens(["<tool_call>"])
+    for template in ("tokenizer", "chat"):
+        encoded = encode(turns("Say <tool_call>", "a <tool_call>b"), template, tokenizer)
+        assert tokenizer.convert_tokens_to_ids("<tool_call>") not in encoded.ids + encoded.question
+        assert "<tool_call>b" in learned(encoded, tokenizer)[0]
+
+
+def test_nothing_is_learned_from_nothing():
+    """Without a token that begins everything the first one is predicted by none."""
+    tokenizer = with_template(CHATML)
+    tokenizer.bos_token = None
+    encoded = encode(turns("Describe", "a chart"), "plain", tokenizer)
+    assert encoded.labels[0] == IGNORE and encoded.labels[1:] == encoded.ids[1:]

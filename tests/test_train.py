@@ -98,6 +98,7 @@ def test_learning_rate_schedule():
     (["--init-from", "somewhere"], "name the stage with --stage"),
     (["--stage", "1", "--data", "missing.json"], "missing.json: cannot be read"),
     (["--stage", "1", "--shard", "params"], "start with torchrun"),
+    (["--stage", "1", "--preset", "llama3-8b", "--sample-every", "9"], "whole on each rank"),
     (["--stage", "1", "--attention", "fast"], "--attention: invalid choice: 'fast'"),
     (["--stage", "1", "--attention", "triton"], "attention 'triton' cannot run here"),
 ])
@@ -150,11 +151,45 @@ def test_torchrun_with_one_process_shards_too(tmp_path, monkeypatch):
     assert seen == [True, False]
 
 
-def test_tensorboard_where_it_is_not_installed(capsys, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+class Told:
+    """A package with the interface of wandb and trackio."""
+
+    rows, ended = [], 0
+
+    def init(self, project, name):
+        self.started = project, name
+
+    def log(self, row, step):
+        self.rows.append((step, row["loss"]))
+
+    def finish(self):
+        self.ended += 1
+
+
+def test_reports_and_samples(capsys, monkeypatch, tmp_path):
+    """Metrics go where they are wanted, held-out answers to the log and into pictures; what is
+    learned stays the same."""
+    told = Told()
+    monkeypatch.setitem(sys.modules, "trackio", told)
+    for out, more in (("plain", {}), ("told", {"report": "trackio", "sample_every": 2})):
+        config = TrainConfig(out=str(tmp_path / out), max_steps=4, batch_size=2, **more)
+        train_stage(config, 1, CPU)
+    printed = capsys.readouterr().out
+    assert losses(tmp_path / "told/stage1") == losses(tmp_path / "plain/stage1")
+    assert told.rows == list(enumerate(losses(tmp_path / "told/stage1"))) and told.ended == 1
+    assert printed.count("step 2: ") == printed.count("step 4: ") == 4 and "wanted" in printed
+    for step in (2, 4):
+        with Image.open(tmp_path / "told/stage1" / f"samples-{step:06d}.png") as picture:
+            assert picture.width > 1000
+
+
+@pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"),
+                                          ("wandb", "wandb"), ("trackio", "trackio")])
+def test_a_report_whose_package_is_not_installed(capsys, monkeypatch, tmp_path, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
     message = fails(capsys, monkeypatch, tmp_path, "--stage", 1, "--max-steps", 1,
-                    "--batch_size", 2, "--tensorboard")
-    assert "pip install tensorboard" in message
+                    "--batch_size", 2, "--report", name)
+    assert f"pip install {name}" in message
 
 
 def test_alternating_adapters(tmp_path):

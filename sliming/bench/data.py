@@ -1,4 +1,5 @@
-"""The data side: from a decoded picture to views, and starting on a file of two million records."""
+"""The data side: from a decoded picture to views, starting on two million records, files beside
+parquet."""
 
 import json
 import math
@@ -7,6 +8,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from PIL import Image
@@ -16,6 +18,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from sliming.backbones import PIXEL_MEAN, PIXEL_STD
 from sliming.bench.timing import medians_ms, own_process, picture, show
 from sliming.data import open_mixture
+from sliming.hub import images_of
+from sliming.images import open_image
 from sliming.slicer import slice_image
 
 SIZE, SIZES = 336, ((336, 336), (640, 480), (1024, 1024), (2016, 1344), (4000, 3000))
@@ -92,6 +96,57 @@ def data_side(path: str) -> tuple[float, float]:
     return ready, resident() - before
 
 
+def starts(name: str, path: Path, count: int, size: int) -> list[str]:
+    """A line of the table: what the first start on `path` costs, and the next."""
+    both = []
+    for _ in range(2):
+        with own_process() as pool:
+            both.append(pool.submit(data_side, str(path)).result())
+    (first, _), (later, added) = both
+    return [name, f"{count:,}", f"{size / 1e9:.2f}", f"{first:.1f}", f"{later:.2f}",
+            f"{1e3 * added:.0f}"]
+
+
+def write_shards(folder: Path, count: int, shards: int = 40) -> int:
+    """`count` records in parquet files, each with an image of a kilobyte: their bytes."""
+    import pyarrow
+    from pyarrow import parquet
+    folder.mkdir()
+    image, each = os.urandom(1000), count // shards
+    said = {"conversations": [{"from": "human", "value": "<image>\nWhat is shown?"},
+                              {"from": "gpt", "value": "a picture of some kind"}],
+            "image": {"bytes": image, "path": None}}
+    table = pyarrow.Table.from_pylist([{"id": str(index), **said} for index in range(each)])
+    for shard in range(shards):
+        parquet.write_table(table, folder / f"train-{shard:05d}.parquet", row_group_size=1000)
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def beside_files(folder: Path, count: int, repeats: int = 5) -> None:
+    """Pictures sliced per second from JPEG files named in JSON, and from parquet."""
+    import pyarrow
+    from pyarrow import parquet
+    rows, turns = [], [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "that"}]
+    for index in range(count):
+        picture(640, 480 + index).save(folder / f"{index}.jpg")
+        rows.append({"id": str(index), "image": f"{folder}/{index}.jpg", "conversations": turns})
+    (folder / "files.json").write_text(json.dumps(rows))
+    for row in rows:
+        row["image"] = {"bytes": Path(row["image"]).read_bytes(), "path": None}
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "a.parquet", row_group_size=16)
+
+    def slice_all(name: str) -> None:
+        records = open_mixture([str(folder / name)], seed=0)
+        for place in range(count):
+            for image in images_of(records[place]):
+                slice_image(open_image(image))
+
+    times = medians_ms({name: partial(slice_all, name) for name in ("files.json", "a.parquet")},
+                       torch.device("cpu"), repeats, 1)
+    show("records read and sliced, per second", ["from", "640 x 480 and more"],
+         [[name, f"{1e3 * count / took:.1f}"] for name, took in times.items()])
+
+
 def data(device: torch.device, out: Path, count: int = 2_000_000) -> None:
     """Starting on a file of `count` records: the first time, and every time after it."""
     turn, lines = {"from": "human", "value": "<image>\nWhat is shown?"}, []
@@ -105,12 +160,11 @@ def data(device: torch.device, out: Path, count: int = 2_000_000) -> None:
                               "conversations": [turn, answer]}
                     file.write((around[1] if index else around[0]) + json.dumps(record))
                 file.write(around[2])
-            starts = []
-            for _ in range(2):
-                with own_process() as pool:
-                    starts.append(pool.submit(data_side, str(path)).result())
-            (first, _), (later, added) = starts
-            lines.append([name, f"{count:,}", f"{path.stat().st_size / 1e9:.2f}", f"{first:.1f}",
-                          f"{later:.2f}", f"{1e3 * added:.0f}"])
+            lines.append(starts(name, path, count, path.stat().st_size))
+    with (tempfile.TemporaryDirectory() as folder,
+          patch.dict(os.environ, XDG_CACHE_HOME=f"{folder}/cache")):
+        size = write_shards(Path(folder) / "shards", count)
+        lines.append(starts("40 shards of parquet", Path(folder) / "shards", count, size))
+        beside_files(Path(folder), min(64, count // 100))
     show("starting on a file of records", ["file", "records", "GB", "first start s", "later s",
                                            "data side's resident MB"], lines)

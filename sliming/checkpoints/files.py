@@ -111,7 +111,7 @@ def newest(out: Path) -> Path:
 def download(name: str, revision: str | None = None) -> Path:
     """The folder of a hub repository: settings, tokenizer, and weights once, as safetensors where
     it has them."""
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "lora/*"]
+    patterns = ["*.json", "*.jinja", "*.safetensors", "tokenizer*", "lora/*"]
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     # Older checkpoints are .bin files, and what was trained beside a released LoRA always is.
     if not list(folder.glob("*.safetensors")) or (folder / "adapter_config.json").is_file():

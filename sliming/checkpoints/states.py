@@ -33,7 +33,7 @@ from sliming.records import inside
 from sliming.watch import say
 
 # What may differ between a run and its continuation.
-FREE = ("stage", "resume", "save_every", "keep", "workers", "eval_questions", "tensorboard",
+FREE = ("stage", "resume", "save_every", "keep", "workers", "eval_questions", "report",
         "micro_batch", "token_budget", "shard", "attention", "compile", "recompute", "init_from",
         "out", "strict_data")
 

@@ -84,7 +84,8 @@ def test_small_subjects_print_their_tables(model, tmp_path, capsys, monkeypatch)
     inference.inference(CPU, tmp_path, {"tiny": lambda: model}, 3)
     text = capsys.readouterr().out
     first = [line.split("  ")[0] for line in text.splitlines()]
-    assert {"uneven", "200 x 90", "336 x 336", "records.json", *training.WAYS} <= set(first)
+    assert {"uneven", "200 x 90", "336 x 336", "records.json", "40 shards of parquet", "a.parquet",
+            *training.WAYS} <= set(first)
     assert first.count("tiny") == 5 and "      300  " in text
     tokens = model.adapter.num_tokens         # 128 x 128: 4 crops and the whole, not compressed
     assert f" {5 * tokens} " in text and f" {tokens + 1 + 4 * model.config.num_queries} " in text
