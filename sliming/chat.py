@@ -175,18 +175,49 @@ def rendered(conversation: list[dict], tokenizer: PreTrainedTokenizerBase,
              begin: bool) -> list[Piece]:
     """The conversation in the tokenizer's own chat template.
 
-    The template is a program, so it is asked and not read: it renders marks in place of what is
-    said. All around the marks is the template's, and there special tokens are tokens; what is said
+    All around what is said is the template's, and there special tokens are tokens; what is said
     stays text, whatever it spells. Learned are an answer, with a space before it, and what follows
-    up to the first special token. ValueError where the template makes another text of the
-    conversation itself, where its prompt for an answer is another than what stands before the
-    answer (white space aside), and where no special token ends an answer.
+    up to the first special token; ValueError where none ends it, and as `taken_apart` has it.
     """
-    turns, pieces = list(conversation), []
+    turns = list(conversation)
     if not begin:  # the template may have more to say behind an answer
         turns = [{"from": "human", "value": "-"}, {"from": "gpt", "value": "-"}, *turns]
     if asked := turns[-1]["from"] != "gpt":  # a prompt ends where an answer would begin
         turns.append({"from": "gpt", "value": "-"})
+    around, said = taken_apart(turns, tokenizer)
+    control, pieces = controls(tokenizer), []
+    for number, (place, text) in enumerate(said):
+        before, after = around[number:number + 2]
+        if turns[place]["from"] != "gpt":
+            pieces += fixed(before, control, tokenizer)
+            parts = text.split(IMAGE) if turns[place]["from"] == "human" else [text]
+            for index, part in enumerate(parts):
+                pieces += [Piece(IMAGE_TOKEN)] * (index > 0) + [Piece(part)]
+            continue
+        pieces += fixed(before.removesuffix(" "), control, tokenizer)
+        if asked and place + 1 == len(turns):
+            return pieces
+        if not (end := re.match(rf"\s*(?:{control})", after)):
+            raise ValueError("the tokenizer's chat template ends an answer with "
+                             f"{after[:40]!r}, which is no special token of its own" + INSTEAD)
+        pieces.append(Piece(" " * before.endswith(" ") + text, learned=True))
+        pieces += [Piece(piece.what, learned=True)
+                   for piece in fixed(end[0], control, tokenizer)]
+        around[number + 1] = after[end.end():]
+        if not begin and place == 1:
+            pieces = []
+    return pieces + [*fixed(around[-1], control, tokenizer)]
+
+
+def taken_apart(turns: list[dict],
+                tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[tuple[int, str]]]:
+    """What the template puts around the turns, one text more than they are, and (turn, what is
+    said) as it gives it. A turn that says nothing is part of what is around.
+
+    The template is a program, so it is asked and not read: it renders marks in the place of words.
+    ValueError where it makes another text of the words themselves, and where its prompt for an
+    answer is another than what stands before the answer, white space aside.
+    """
     marks = [f"\u2003\ue000{place}\ue001\u2003" if turn["value"] else ""
              for place, turn in enumerate(turns)]
     whole = render(turns, marks, tokenizer)
@@ -197,35 +228,13 @@ def rendered(conversation: list[dict], tokenizer: PreTrainedTokenizerBase,
     text = "".join(chain(*zip(around, [*said, ""], strict=True)))
     if text != render(turns, [turn["value"] for turn in turns], tokenizer):
         raise ValueError("the tokenizer's chat template changes what is said" + INSTEAD)
-    control = controls(tokenizer)
-    for number, place in enumerate(map(int, places)):
-        before, after = around[number:number + 2]
-        if turns[place]["from"] != "gpt":
-            pieces += fixed(before, control, tokenizer)
-            human = turns[place]["from"] == "human"
-            for index, part in enumerate(said[number].split(IMAGE) if human else [said[number]]):
-                pieces += [Piece(IMAGE_TOKEN)] * (index > 0) + [Piece(part)]
-            continue
-        prompt = render(turns[:place], marks, tokenizer, add_generation_prompt=True)
-        if prompt.split() != whole[:whole.index(marks[place].strip())].split():
-            raise ValueError("the prompt of the tokenizer's chat template is not what stands "
-                             "before an answer" + INSTEAD)
-        space = " " * before.endswith(" ")
-        pieces += fixed(before.removesuffix(" "), control, tokenizer)
-        if asked and place + 1 == len(turns):
-            break
-        if not (end := re.match(rf"\s*(?:{control})", after)):
-            raise ValueError("the tokenizer's chat template ends an answer with "
-                             f"{after[:40]!r}, which is no special token of its own" + INSTEAD)
-        pieces.append(Piece(space + said[number], learned=True))
-        pieces += [Piece(piece.what, learned=True)
-                   for piece in fixed(end[0], control, tokenizer)]
-        around[number + 1] = after[end.end():]
-        if not begin and place == 1:
-            pieces = []
-    else:
-        pieces += fixed(around[-1], control, tokenizer)
-    return pieces
+    for place, turn in enumerate(turns):
+        if turn["from"] == "gpt":
+            prompt = render(turns[:place], marks, tokenizer, add_generation_prompt=True)
+            if prompt.split() != whole[:whole.index(marks[place].strip())].split():
+                raise ValueError("the prompt of the tokenizer's chat template is not what stands "
+                                 "before an answer" + INSTEAD)
+    return around, list(zip(map(int, places), said, strict=True))
 
 
 def render(turns: list[dict], said: list[str], tokenizer: PreTrainedTokenizerBase,

@@ -297,14 +297,12 @@ def parts_of(info) -> dict[tuple[str, str], list[str]]:
 
 def choose(name: str, asked: list[str], parts: list[tuple[str, str]]) -> tuple[str, str]:
     """The (subset, split) that is meant: what is not said is the only one, "default" or "train"."""
-    left = parts
-    for word in asked:
-        left = [part for part in left if word in part]
+    left = [part for part in parts if all(word in part for word in asked)]
     for place, usual in ((0, "default"), (1, "train")):
-        if any(part[place] == usual for part in left):
-            left = [part for part in left if part[place] == usual or part[place] in asked]
-    if len(left) == 1:
-        return left[0]
-    there = ", ".join(f"{subset}:{split}" for subset, split in (left or parts)[:20]) or "no parquet"
-    raise RecordError(f"{name}: {'say which' if left else 'there is no such part'}, as "
-                      f"hub:owner/name:subset:split; there is {there}")
+        left = [part for part in left if part[place] == usual] or left
+        if len({part[place] for part in left}) != 1:
+            there = ", ".join(f"{subset}:{split}" for subset, split in (left or parts)[:20])
+            raise RecordError(f"{name}: {'say which' if left else 'there is no such part'}, as "
+                              "hub:owner/name:subset:split; there is "
+                              f"{there or 'no parquet file at all'}")
+    return left[0]

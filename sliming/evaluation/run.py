@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from sliming.chat import IMAGE, without_markers
 from sliming.config import BATCH, COUNT, Parser
-from sliming.data import RecordFile, load_sample
+from sliming.data import load_sample, open_records
 from sliming.distributed import barrier, choose_dtype, is_main, rank_and_world, rank_device, reduce
 from sliming.evaluation import answers
 from sliming.evaluation.benchmarks import BENCHMARKS, find, locate, read_questions
@@ -211,7 +211,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--checkpoint", default="out/stage3", help="folder or hub id (default: %(default)s)")
     add("--benchmark", nargs="+", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
     add("--data", nargs="+", metavar="FILE", help="each benchmark's official question file or, "
-        "without --benchmark, LLaVA-format JSON or JSONL; without either, the held-out questions")
+        "without --benchmark, records as train.py takes them; without either, held-out questions")
     add("--images", type=Path, nargs="+", default=[Path(".")], metavar="FOLDER",
         help="folder of the images that --data names, for all benchmarks or for each")
     add("--truth", nargs="+", metavar="FILE", help="official file of gold answers, for each "
@@ -248,7 +248,7 @@ def main() -> None:
         else:
             model = load_model(arguments)
             if arguments.data:
-                records = RecordFile(arguments.data[0])
+                records = open_records(arguments.data[0])
                 text = json.dumps(record_accuracy(model, records, arguments.images[0],
                                                   arguments.batch_size))
             else:
