@@ -17,6 +17,7 @@ import json
 import os
 import re
 import tempfile
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -130,16 +131,17 @@ class ParquetFile(Sequence):
 
     def unpack(self, stamp: list[int]) -> None:
         """Writes rows and index, in one go each."""
-        cache, index, at = self.rows.parent, [stamp], 0
+        cache, index, at = self.rows.parent, array("q", stamp), 0
         with naming(cache), tempfile.TemporaryDirectory(prefix=".rows-", dir=cache) as new:
             with open(f"{new}/rows", "wb") as file:
                 for number, row in enumerate(rows_of(self.path)):
                     head, images = layout(row, f"{self.path.name}:{number}")
-                    index.append([at, at + len(head)])
+                    index.extend([at, at + len(head)])
                     at += file.write(head) + sum(map(file.write, images))
-            if len(index) == 1:
+            if at == 0:
                 raise RecordError(f"{self.path}: no records in it")
-            np.save(f"{new}/index.npy", np.array([*index, [at, at]], dtype=np.int64))
+            index.extend([at, at])
+            np.save(f"{new}/index.npy", np.array(index).reshape(-1, 2))
             self.places.unlink(missing_ok=True)
             os.replace(f"{new}/rows", self.rows)
             os.replace(f"{new}/index.npy", self.places)

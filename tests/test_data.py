@@ -152,7 +152,7 @@ human, gpt = {"from": "human", "value": "Who?"}, {"from": "gpt", "value": "me"}
     ({"conversations": [human, {"from": "gpt"}]}, "turn 2 must be"),
     ({"conversations": [human, {"from": "gpt", "value": " "}]}, "turn 2 is an empty answer"),
     ({"conversations": [human, {"from": "gpt", "value": "<image>"}]},
-     "answer with an <image> marker"),
+     "no question, but has an <image> marker"),
     ({"conversations": [human, gpt, human]}, "last question has no answer"),
     ({"conversations": [human, gpt]}, "0 <image> markers for 1 images"),
     ({"image": ["a.png", "b.png"]}, "1 <image> markers for 2 images"),

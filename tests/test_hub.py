@@ -126,6 +126,17 @@ def test_order_pixels_and_noise_are_those_of_files(model, tmp_path):
             assert sorted(rows(ranks[0][step]) + rows(ranks[1][step])) == sorted(whole[step])
 
 
+def test_held_back_records_are_never_shown(tmp_path):
+    records = [{**record, "id": str(index)} for index, record in enumerate(embedded(pictured(7)))]
+    write(tmp_path / "a.parquet", records)
+    both = open_mixture([f"{tmp_path / 'a.parquet'}:0.6"] * 2, 0, hold_back=2)
+    assert [record["id"] for record in both.held] == ["5", "6"] and len(both) == 3 + 4
+    first = [file is both.files[0] for file, _ in map(both.where, range(70))]
+    seen = [both[place]["id"] for place in range(70)]
+    assert {name for name, of_it in zip(seen, first, strict=True) if of_it} == set("01234")
+    assert {name for name, of_it in zip(seen, first, strict=True) if not of_it} == set("0123456")
+
+
 def test_a_file_is_laid_out_once_and_again_when_it_changes(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", embedded(pictured(3)))
     before = ParquetFile(path)[1]["conversations"]
@@ -317,7 +328,7 @@ def test_one_rank_two_ranks_killed_and_resumed_are_equal(work, tmp_path):
     (tmp_path / "more.json").write_text(json.dumps([{"id": str(i), "conversations": turns}
                                                     for i in range(4)]))
     command = ["--stage", 1, "--preset", "small", *small(work, "--max-steps", 6, "--save-every", 2),
-               "--data", *sorted((work / "shards").glob("*.parquet")),
+               "--sample-every", 3, "--data", *sorted((work / "shards").glob("*.parquet")),
                f"{tmp_path / 'more.json'}:0.5"]
     one = run_train([*command, "--out", tmp_path / "one"], [*command, "--out", tmp_path / "down"],
                     SLIMING_TEST_STOP="4")
@@ -329,4 +340,6 @@ def test_one_rank_two_ranks_killed_and_resumed_are_equal(work, tmp_path):
     assert two.returncode == 0, two.stderr[-2000:]
     whole = losses(tmp_path / "one" / "stage1")
     assert losses(tmp_path / "down" / "stage1") == whole and len(whole) == 6
+    assert "step 6: '<image>' is answered" in one.stdout
+    assert (tmp_path / "two" / "stage1" / "samples-000006.png").exists()
     np.testing.assert_allclose(losses(tmp_path / "two" / "stage1"), whole, atol=1e-5)
