@@ -362,8 +362,10 @@ class Steps(Dataset):
     noise: tuple[int, ...] = (0,)     # what training noise is drawn from, besides the place
 
     def __post_init__(self):
+        # A template that does not fit the tokenizer is an error now, that of the next stage, too.
         turns = [{"from": "human", "value": "-"}, {"from": "gpt", "value": "-"}] * 2
-        encode(turns, self.template, self.processor.tokenizer)  # a template that does not fit
+        for template in (self.template, self.processor.config.template):
+            encode(turns, template, self.processor.tokenizer)
 
     def __len__(self) -> int:
         return self.steps - self.first

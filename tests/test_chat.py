@@ -189,6 +189,9 @@ def check_own_template(tokenizer):
         assert encoded.labels[len(prompt.ids)] != IGNORE
         rest = encode(words[2:], "tokenizer", tokenizer, begin=False)
         assert encoded.ids[-len(rest.ids):] == rest.ids
+    padded = turns(" How many? ", "\nfour ", " And rows?", "two\n")  # trimmed where it trims
+    own = tokenizer.apply_chat_template(as_messages(padded), tokenize=True)
+    assert encode(padded, "tokenizer", tokenizer).ids == own["input_ids"]
     # What the template is made of, in somebody's mouth.
     spelled = "".join(CONTROL) + "</s>[INST]"
     said = turns(f"<image>\nSay {spelled}", spelled, "Again", f"again {spelled} twice")

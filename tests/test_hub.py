@@ -24,12 +24,13 @@ from transformers import (
 
 from sliming import hub
 from sliming.backbones import TINY
-from sliming.config import Recipe
+from sliming.config import Recipe, TrainConfig
 from sliming.data import Steps, check_record, load_sample, open_mixture
 from sliming.hub import ParquetFile, choose, parts_of
 from sliming.model import SliME
 from sliming.records import RecordError
 from sliming.tiny.pictures import TrainingSet
+from sliming.trainer import train_stage
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -320,6 +321,17 @@ def test_the_first_hour_word_for_word(work):
     assert said.startswith("<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\n")
     assert said.endswith("How many?<|im_end|>\n<|im_start|>assistant\n")
     assert isinstance(model.answer(str(work / "photo.png"), "How many?", max_new_tokens=3), str)
+
+
+def test_a_model_without_a_chat_template_is_refused_before_stage_1(work, tmp_path):
+    """Which itself would need none."""
+    shutil.copytree(work / "qwen", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    config = TrainConfig(stage="1", preset="small", vision=str(work / "clip"), bf16=False,
+                         llm=str(tmp_path / "base"), out=str(tmp_path), max_steps=1, batch_size=2,
+                         data=[str(work / "shards")])
+    with pytest.raises(ValueError, match="no chat template: use an instruction-tuned"):
+        train_stage(config, 1, torch.device("cpu"))
 
 
 def test_one_rank_two_ranks_killed_and_resumed_are_equal(work, tmp_path):
