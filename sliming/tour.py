@@ -123,7 +123,7 @@ def draw(slices, shade: dict[str, Tensor], kinds: list[str], first: dict[str, fl
                 ("2  tower: patches of the global view", shade["patches"], {}),
                 ("3  adapter: weight of the MLP", shade["gates"], {"vmin": 0, "vmax": 1}),
                 ("4  compression: local tokens", shade["local"], {}),
-                ("5  router: relevance, kept ones bright", shade["scores"],
+                ("5  router: relevance, dropped ones pale", shade["scores"],
                  {"alpha": shade["kept"].numpy() * 0.7 + 0.3})]
     for panel, (name, picture, options) in zip(panels.flat, pictures, strict=False):
         panel.imshow(np.asarray(picture), **options)
