@@ -7,7 +7,7 @@ from textwrap import fill
 import torch
 from torch import nn
 
-from sliming.chat import encode
+from sliming.chat import encode, without_markers
 from sliming.data import Steps, check_record, load_sample
 from sliming.explain import raster
 from sliming.guard import naming
@@ -39,8 +39,9 @@ def ask_held_out(model: nn.Module, work: Steps, step: int, out: Path) -> None:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=work.recipe.bf16):
             tokens = list(model.generate(prompt, max_new_tokens=TOKENS, parts=work.parts))
         answer = tokenizer.decode(tokens).strip()
-        asked.append((sample.images, turns[-2]["value"].strip(), turns[-1]["value"], answer))
-        say(f"step {step}: {asked[-1][1]!r} is answered {answer!r}, wanted {turns[-1]['value']!r}")
+        question, wanted = without_markers(turns[-2]["value"]).strip(), turns[-1]["value"]
+        asked.append((sample.images, question, wanted, answer))
+        say(f"step {step}: {question!r} is answered {answer!r}, wanted {wanted!r}")
     model.train()
     model.vision.eval()
     if asked:
@@ -52,7 +53,7 @@ def draw(asked: list[tuple], title: str, path: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, panels = plt.subplots(1, len(asked), figsize=(4 * len(asked), 5), squeeze=False,
+    figure, panels = plt.subplots(1, len(asked), figsize=(4 * len(asked), 6), squeeze=False,
                                   layout="constrained")
     figure.suptitle(title)
     for panel, (images, question, wanted, answer) in zip(panels[0], asked, strict=True):
@@ -60,7 +61,7 @@ def draw(asked: list[tuple], title: str, path: Path) -> None:
             panel.imshow(raster(image.crops, *image.grid) if image.global_view is None
                          else image.global_view.permute(1, 2, 0).numpy())
         text = "\n".join(fill(f"{name} {part}"[:300], 44).replace("$", r"\$") for name, part in (
-            ("Q", question), ("A", answer), ("wanted", wanted)))
+            ("Question:", question), ("wanted:", wanted), ("answered:", answer)))
         panel.set(xticks=[], yticks=[])
         panel.set_xlabel(text, fontsize=9, loc="left")
     with naming(path):
