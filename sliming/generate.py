@@ -111,14 +111,18 @@ class Answering:
 
     @torch.no_grad()
     def generate_batch(self, samples: list[Sample], *, gamma: float | None = None,
-                       max_new_tokens: int = 128, temperature: float = 0.0,
-                       top_p: float = 1.0) -> list[list[int]]:
+                       **options) -> list[list[int]]:
         """The answers' token ids of several samples at once: what `generate` yields for each, but
-        every step reads the language model's weights once for all. All of them end where the
-        longest has filled the language model's context."""
-        inputs, lengths = self.embed_prompts(samples, gamma)                   # [T, D]
-        answers: list[list[int]] = [[] for _ in samples]
-        running, cache = list(range(len(samples))), PackedCache()
+        every step reads the language model's weights once for all. Options of `go_on`."""
+        return self.go_on(*self.embed_prompts(samples, gamma), **options)
+
+    @torch.no_grad()
+    def go_on(self, inputs: Tensor, lengths: list[int], *, max_new_tokens: int = 128,
+              temperature: float = 0.0, top_p: float = 1.0) -> list[list[int]]:
+        """The answers' token ids behind embedded prompts [T, D]. All of them end where the longest
+        has filled the language model's context."""
+        answers: list[list[int]] = [[] for _ in lengths]
+        running, cache = list(range(len(lengths))), PackedCache()
         for _ in range(min(max_new_tokens, self.room(max(lengths)))):
             tokens = sample_tokens(self.read(inputs, lengths, cache), temperature, top_p)
             ids = tokens.tolist()                                              # [running]
@@ -189,6 +193,7 @@ class Conversation:
         self.options = options
         self.cache = PackedCache()
         self.first: Sample | None = None  # the first turn, with the images
+        self.turns: list[tuple[str, str]] = []  # questions and answers
         self.unseen: list[int] = []       # said, but not in the cache: the end of the last answer
 
     def ask(self, question: str) -> Iterator[str]:
@@ -216,6 +221,7 @@ class Conversation:
         finally:  # an answer cut short, by its length or its reader, lacks its last token there
             end = end_token(template, processor.tokenizer)
             self.unseen = [end] if ended else [*tokens[-1:], end]
+            self.turns.append((question, processor.tokenizer.decode(tokens).strip()))
 
 
 def answer_file(model: Answering, questions: Path, folder: Path, answers: Path, batch_size: int,

@@ -34,9 +34,19 @@ class Slices:
 
 
 @lru_cache(maxsize=4096)  # data sets repeat sizes
-def choose_grid(width: int, height: int, *, rule: str = "paper", crop_size: int = 336,
-                max_side: int = 6, max_crops: int | None = None) -> tuple[int, int]:
-    """The (columns, rows) of crops for an image of `width` x `height` pixels.
+def choose_grid(width: int, height: int, **rule) -> tuple[int, int]:
+    """The (columns, rows) of crops for an image of `width` x `height` pixels, of all those that
+    `weigh_grids`, which says what `rule` may hold, weighs."""
+    weighed = weigh_grids(width, height, **rule)
+    # max keeps the first of equals, which the official rule relies on: a square takes the taller
+    # canvas. The paper's grids never tie: of two equals, the fewer columns by the fewer rows waste
+    # less.
+    return max(weighed, key=lambda grid: (weighed[grid][0], -weighed[grid][1]))
+
+
+def weigh_grids(width: int, height: int, *, rule: str = "paper", crop_size: int = 336,
+                max_side: int = 6, max_crops: int | None = None) -> dict[tuple, tuple[int, int]]:
+    """Every grid (columns, rows) that the rule may choose, with its (utilised, wasted) pixels.
 
     A canvas of m x n crops scales the image by s = min(m S / W, n S / H). Its utilised resolution
     is min(W H, W s H s), as enlarging the image adds no detail; its wasted resolution is m S n S -
@@ -61,19 +71,15 @@ def choose_grid(width: int, height: int, *, rule: str = "paper", crop_size: int 
         grids = [(m, total // m) for total in totals for m in range(1, total + 1) if total % m == 0]
     else:
         raise ValueError(f'unknown slicing rule {rule!r}: use "paper" or "official"')
-
-    def utilised_then_not_wasted(grid: tuple[int, int]) -> tuple[int, int]:
+    weighed = {}
+    for grid in grids:
         canvas_width, canvas_height = grid[0] * crop_size, grid[1] * crop_size
         # float64 and the cut to whole pixels belong to the rule: they decide strips a pixel or two
         # wide.
         scale = min(canvas_width / width, canvas_height / height)
         utilised = min(int(width * scale) * int(height * scale), width * height)
-        return utilised, utilised - canvas_width * canvas_height
-
-    # max keeps the first of equals, which the official rule relies on: a square takes the taller
-    # canvas. The paper's grids never tie: of two equals, the fewer columns by the fewer rows waste
-    # less.
-    return max(grids, key=utilised_then_not_wasted)
+        weighed[grid] = utilised, canvas_width * canvas_height - utilised
+    return weighed
 
 
 def slice_image(image: ImageSource, *, rule: str = "paper", global_view: str = "pad",
