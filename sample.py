@@ -2,7 +2,7 @@
 
     python sample.py --image photo.png --prompt "How many bars are there?"
     python sample.py --image photo.png                  a conversation; an empty line ends it
-    python sample.py --image photo.png --prompt "..." --explain out.png    and what it looked at
+    python sample.py --image photo.png --prompt "..." --explain page.html  and what it looked at
     python sample.py --checkpoint yifanzhang114/SliME-Llama3-8B --image a.jpg b.jpg --prompt "..."
     python sample.py --batch questions.jsonl --images photos --answers answers.jsonl
 
@@ -50,21 +50,20 @@ def main() -> None:
 
 
 def converse(model, flags: argparse.Namespace, options: dict) -> None:
-    """Answers --prompt or, without it, line after line from the keyboard; an empty one ends it."""
+    """Answers each --prompt by itself or, without one, line after line from the keyboard as one
+    conversation; an empty line ends it."""
     from sliming.generate import Conversation
-    conversation = Conversation(model, flags.image, **options)
-    while question := flags.prompt or read_line():
-        answer, first = "", conversation.first is None
-        for piece in conversation.ask(question):
-            print(piece if answer else piece.lstrip(), end="", flush=True)
-            answer += piece
+    talks = []
+    for question in flags.prompt or iter(read_line, ""):
+        if flags.prompt or not talks:
+            talks.append(Conversation(model, flags.image, **options))
+        for index, piece in enumerate(talks[-1].ask(question)):
+            print(piece if index else piece.lstrip(), end="", flush=True)
         print()
-        if flags.explain and first:
-            from sliming.explain import explain
-            explain(model, conversation.first, flags.gamma, answer.strip(), flags.explain)
-            print(f"wrote {flags.explain}", file=sys.stderr)
-        if flags.prompt:
-            break
+    if flags.explain and talks:
+        from sliming.page.page import explain
+        explain(model, talks, flags.explain)
+        print(f"wrote {flags.explain}", file=sys.stderr)
 
 
 def read_line() -> str:
@@ -82,15 +81,16 @@ def read_flags() -> argparse.Namespace:
     add, share = parser.add_argument, number(float, 0, 1, above=True)
     add("--image", nargs="+", action="extend", default=[], metavar="FILE",
         help="image(s) to ask about, also given several times; none: words only")
-    add("--prompt", help="the question; without it, a conversation")
+    add("--prompt", action="append", help="the question, or several of them, each given so; "
+        "without it, a conversation")
     add("--batch", type=Path, metavar="JSONL", help="questions, instead of --image and --prompt")
     add("--images", type=Path, default=".", help="folder that the images of --batch lie in")
     add("--answers", type=Path, default="answers.jsonl", help="where the answers to --batch go")
     add("--batch-size", type=COUNT, default=16, help="questions answered at once (default: 16)")
     add("--checkpoint", help="folder or hub id (default: the newest in --out)")
     add("--out", type=Path, default="out", help="folder that train.py wrote (default: out)")
-    add("--explain", type=Path, metavar="PNG", help="draw what the model looked at for the "
-        "question (in a conversation, the first)")
+    add("--explain", type=Path, metavar="FILE", help="show what the model looked at: a page of all "
+        "questions (.html), or a picture of the first (.png)")
     add("--gamma", type=share, help="share of local relevance to keep (default: the checkpoint's)")
     add("--max-new-tokens", type=COUNT, default=128, help="of an answer (default: 128)")
     add("--temperature", type=number(float, 0, 100), default=0.0, help="0 (default): the most "

@@ -13,7 +13,7 @@ from sliming.inputs import Batch, Sample
 
 
 @torch.no_grad()
-def explain(model: nn.Module, sample: Sample, gamma: float | None, answer: str, path: Path) -> None:
+def draw(model: nn.Module, sample: Sample, gamma: float | None, answer: str, path: Path) -> None:
     """Draws of each image: its crops, the local tokens that the router kept, the global gates."""
     import matplotlib
     matplotlib.use("Agg")

@@ -19,10 +19,10 @@ FLOORS = ["guard",
           "checkpoints.released",
           "model explain",
           "tiny checkpoints.__main__",
-          "samples tour",
+          "samples tour page",
           "trainer",
           "evaluation",
-          "smr bench lab"]
+          "smr bench lab demo"]
 READING_PATH = ["train.py", "sample.py", *(f"sliming/{name}.py" for name in (
     "slicer", "qformer", "moe_adapter", "router", "model", "trainer"))]
 
@@ -72,7 +72,8 @@ def test_no_circles():
 
 def test_train_loads_no_other_trade():
     code = ("import sys, train, sliming.trainer, sliming.tiny.held_out; others = tuple("
-            "f'sliming.{room}' for room in ('evaluation', 'smr', 'bench', 'lab')) + ('pyarrow',);"
+            "f'sliming.{room}' for room in ('evaluation', 'smr', 'bench', 'lab', 'page', 'demo'))"
+            " + ('pyarrow',);"
             "print(*(m for m in sys.modules if m.startswith(others)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "", done.stdout + done.stderr

@@ -57,6 +57,16 @@ def test_answer_and_explanation(folder):
         assert picture.width >= 1200 and np.asarray(picture.convert("L")).std() > 20
 
 
+def test_a_page_of_several_questions_and_of_a_conversation(folder):
+    flags = ["--image", "picture.png", "--explain", "page.html", "--max-new-tokens", 2]
+    for asked, typed, talks in ((["--prompt", "How many?", "--prompt", "Which?"], "", 2),
+                                ([], "How many?\nWhich?\n", 1)):
+        done = run(*flags, *asked, typed=typed, cwd=folder)
+        assert done.returncode == 0 and "wrote page.html" in done.stderr, done.stderr
+        page = (folder / "page.html").read_text(encoding="utf-8")
+        assert page.count('{"turns": ') == talks and '["Which?", ' in page
+
+
 def test_as_a_program(folder):
     done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--image", "picture.png",
                            "--max-new-tokens", "2"], cwd=folder, timeout=120,
