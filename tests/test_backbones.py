@@ -18,6 +18,7 @@ from sliming.backbones import TINY, PackedCache, Segments, packed_attention, wit
 from sliming.checkpoints import pretrained, released
 from sliming.checkpoints.states import States
 from sliming.config import PRESETS, Recipe, TrainConfig
+from sliming.data import load_sample
 from sliming.inputs import Batch
 from sliming.model import SliME
 from sliming.tiny.held_out import held_out
@@ -124,11 +125,10 @@ def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, wind
     torch: [T, H, Dh]. The causal mask is aligned at the last query and the last key; seqused_k are
     the keys of a sequence that count."""
     assert query.dim() == 3 and all(t.stride(-1) == 1 and len(t) == len(key) for t in (key, value))
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert cu_seq_q.is_contiguous() and cu_seq_k.is_contiguous()
+    assert all(t.dtype == torch.int32 and t.is_contiguous() for t in (cu_seq_q, cu_seq_k))
     q_bounds, k_bounds = cu_seq_q.tolist(), cu_seq_k.tolist()
-    assert q_bounds[0] == k_bounds[0] == 0
-    assert q_bounds[-1] == len(query) and k_bounds[-1] == len(key)
+    assert [q_bounds[0], q_bounds[-1]] == [0, len(query)]
+    assert [k_bounds[0], k_bounds[-1]] == [0, len(key)]
     assert enable_gqa or query.shape[1] == key.shape[1]
     heads, out, longest = query.shape[1] // key.shape[1], torch.zeros_like(query), [0, 0]
     for i in range(len(q_bounds) - 1):
@@ -171,6 +171,19 @@ def test_all_at_once_equals_one_after_the_other(monkeypatch, lengths, rooms, key
         results = [(out, *torch.autograd.grad((out * weight).sum(), (q, k, v))) for out in results]
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("cached, new", [(0, 4), (6, 1), (6, 3)])
+def test_without_segments_the_row_continues_one_sample(cached, new):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, length, 8) for length in (new, cached + new, cached + new))
+    out, _ = packed_attention(None, q, k, v, None, scaling=1.0)
+    mask = torch.ones(new, cached + new, dtype=torch.bool).tril(cached)
+    scores = (q @ k.mT).masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(out, (scores.softmax(-1) @ v).transpose(1, 2), atol=1e-6, rtol=1e-5)
+    for other, options in ((None, {"sliding_window": 2}), (mask[None, None], {})):
+        with pytest.raises(ValueError, match="no sliding window and no other mask"):
+            packed_attention(None, q, k, v, other, scaling=1.0, **options)
 
 
 def test_torch_takes_what_it_is_given():
@@ -238,10 +251,8 @@ def questions(model):
     """Prompts of all lengths for a model whose answers differ and end at different steps."""
     torch.manual_seed(4)
     model.llm.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.llm.lm_head.weight))
-    families = ("global", "detail", "detail", "detail", "global")
-    asked = [held_out(family, i) for i, family in enumerate(families)]
-    prompts = [model.processor.ask(record["image"], record["conversations"][0]["value"])
-               for record in asked]
+    prompts = [model.processor.ask(held_out(family, i)["image"], "What" + i * " is this" + "?")
+               for i, family in enumerate(("global", "detail", "detail", "detail", "global"))]
     prompts.append(model.processor.ask(None, "Who?"))
     model.end_ids = set()
     model.end_ids = {ids[4] for ids in model.generate_batch(prompts[:3], max_new_tokens=5)}
@@ -308,17 +319,9 @@ class Waits(TorchDispatchMode):
 def test_a_forward_pass_waits_once_or_twice(model, monkeypatch, parts, most):
     """For how many local tokens are kept, and for where something is learned. What Segments sends
     is pinned: no wait."""
-    samples = []
-    for index in range(3):
-        record = held_out("detail", index)
-        turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "that"}]
-        samples.append(model.processor.prompt(turns, [record["image"]]))
-    if parts == "global":
-        samples = [replace(one, images=[replace(image, crops=None) for image in one.images])
-                   for one in samples]
-    if parts == "local":
-        samples = [replace(one, images=[replace(image, global_view=None) for image in one.images])
-                   for one in samples]
+    turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "that"}]
+    samples = [load_sample({"image": held_out("detail", index)["image"], "conversations": turns},
+                           None, "chat", model.processor, parts=parts) for index in range(3)]
     batch, waits, tolist = Batch.pack(samples), Waits(), torch.Tensor.tolist
 
     def counted(tensor):
