@@ -285,7 +285,6 @@ def exact_match(batch: Batch, logits: Tensor) -> list[bool]:
     before it (by induction over the tokens).
     """
     supervised = batch.labels != IGNORE                                        # [N]
-    right = (logits.argmax(-1) == batch.labels[supervised]).tolist()           # A
-    counts = [int(part.sum()) for part in supervised.split(batch.lengths)]
-    ends = torch.tensor(counts).cumsum(0).tolist()
-    return [all(right[end - count:end]) for count, end in zip(counts, ends, strict=True)]
+    right = (logits.argmax(-1) == batch.labels[supervised]).cpu()              # [A]
+    counts = [int(part.sum()) for part in supervised.cpu().split(batch.lengths)]
+    return [bool(part.all()) for part in right.split(counts)]

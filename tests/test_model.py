@@ -17,7 +17,7 @@ from sliming.chat import IGNORE, IMAGE_TOKEN, encode
 from sliming.config import PRESETS, SliMEConfig
 from sliming.generate import Conversation, sample_tokens
 from sliming.inputs import Batch, Sample
-from sliming.model import SliME, stitch
+from sliming.model import SliME
 from sliming.router import route
 from sliming.tiny.pictures import generator, render, sample_scene
 
@@ -187,14 +187,6 @@ def test_views_that_are_not_there_are_missed(model):
         model.see(batch, parts)
         with pytest.raises(ValueError, match=f"does not fit parts '{other}'"):
             model.see(batch, other)
-
-
-def test_crops_are_stitched_by_hand():
-    """Two crops side by side, each 2 x 2 tokens: 0 1 / 2 3 and 4 5 / 6 7.
-    Glued: 0 1 4 5 / 2 3 6 7."""
-    tokens = torch.arange(8.0).view(2, 4, 1)                                   # [P, g * g, D]
-    assert stitch(tokens, (2, 1))[:, 0].tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
-    assert stitch(tokens, (1, 2))[:, 0].tolist() == list(range(8))
 
 
 def test_bad_batches_are_refused(model):

@@ -75,9 +75,11 @@ def dense_labels(scene: Scene, x0: float, y0: float, scale: float,
             labels["ones"][near_print] = 1 + item.number % 10
             labels["letter"][near_print] = CLASSES["letter"].index(item.letter)
             (left, top), (tens, ones) = item.print_at, str(item.number)
-            printed = [((left, top), tens), ((left + 6, top), ones)]
-            for (gx, gy), glyph in printed + [(item.letter_at, item.letter)] * bool(item.letter):
-                column, row = int((gx + 2.5 + x0) // 4), int((gy + 3.5 + y0) // 4)
+            printed = [(left, top, tens), (left + 6, top, ones)]
+            if item.letter:
+                printed.append((*item.letter_at, item.letter))
+            for at_x, at_y, glyph in printed:
+                column, row = int((at_x + 2.5 + x0) // 4), int((at_y + 3.5 + y0) // 4)
                 if 0 <= column < 2 * SIDE and 0 <= row < 2 * SIDE:
                     labels["glyph"][row, column] = GLYPH_CLASSES.index(glyph)
     asked = whole & (labels["role"] == 0)
@@ -97,10 +99,9 @@ def covered(item: pictures.Item, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def printed_here(item: pictures.Item, x: np.ndarray, y: np.ndarray, scale: float) -> np.ndarray:
     """Which patches show an item's number: the nearest one and, at full size, its neighbours."""
-    middle = [at + size / 2 for at, size in zip(item.print_at, pictures.NUMBER_SIZE, strict=True)]
-    x, y = abs(x - middle[0]), abs(y - middle[1])
-    nearest = (x * scale <= PATCH / 2) & (y * scale <= PATCH / 2)
-    return nearest | ((x <= 8) & (y <= 6)) if scale == 1 else nearest
+    middle_x, middle_y = np.add(item.print_at, np.divide(pictures.NUMBER_SIZE, 2))
+    wide, high = (8, 6) if scale == 1 else (PATCH / 2, PATCH / 2)
+    return (abs(x - middle_x) * scale <= wide) & (abs(y - middle_y) * scale <= high)
 
 
 def tower_batch(rng: np.random.Generator, scenes: int,
