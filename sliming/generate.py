@@ -153,12 +153,13 @@ class Answering:
     def embed_prompts(self, samples: list[Sample], gamma: float | None) -> tuple[Tensor, list[int]]:
         """Prompts as the language model reads them, without the noise of training: [T, D], and
         their lengths, sum T."""
-        training = self.training
+        training, batch = self.training, Batch.pack(samples)
         self.eval()
-        batch = Batch.pack(samples)
-        features, batch = self.encode_once(batch), batch.to(self.device)
-        inputs, _, lengths = self.embed(batch, self.see(batch, gamma=gamma, features=features))
-        self.train(training)
+        try:
+            features, batch = self.encode_once(batch), batch.to(self.device)
+            inputs, _, lengths = self.embed(batch, self.see(batch, gamma=gamma, features=features))
+        finally:
+            self.train(training)
         return inputs, lengths
 
     def encode_once(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -193,7 +194,7 @@ class Conversation:
     def ask(self, question: str) -> Iterator[str]:
         """The answer as text, piece by piece. The next question is asked when it has been read."""
         processor, template = self.model.processor, self.model.config.template
-        if self.first is None:
+        if not self.cache.lengths:  # also after a first question that was refused
             sample = self.first = processor.ask(self.images, question)
         else:
             turn = {"from": "human", "value": without_markers(question)}
@@ -213,8 +214,9 @@ class Conversation:
             yield from self.model.text(answer())
             ended = len(tokens) < self.max_new_tokens
         finally:  # an answer cut short, by its length or its reader, lacks its last token there
-            end = end_token(template, processor.tokenizer)
-            self.unseen = [end] if ended else [*tokens[-1:], end]
+            if ended or tokens:
+                end = end_token(template, processor.tokenizer)
+                self.unseen = [end] if ended else [tokens[-1], end]
 
 
 def answer_file(model: Answering, questions: Path, folder: Path, answers: Path, batch_size: int,

@@ -248,6 +248,18 @@ def test_a_conversation_with_its_cache_equals_recomputing_everything(model, limi
     assert conversation.cache.lengths[0] < len(said) + 64 + 1 + 16 * 9
 
 
+def test_a_refused_question_leaves_a_conversation_as_it_was(model):
+    """And the model in its mode: the next question is the first, or goes on, as before."""
+    answering_differently(model)
+    talks = [Conversation(model.train(), [picture(1)], max_new_tokens=3) for _ in range(2)]
+    for question in ("How many bars are there?", "And rows?"):
+        with pytest.raises(ValueError, match="exceed"):
+            list(talks[0].ask("many " * 3000))
+        assert model.training
+        first, second = ("".join(talk.ask(question)) for talk in talks)
+        assert first == second
+
+
 def test_answers_to_a_batch_equal_those_to_each_alone(model):
     """Samples of all lengths, which end at different steps: by a token of their own, at once, or by
     the limit."""
