@@ -56,9 +56,9 @@ def in_process(main, *arguments, cwd=ROOT, typed=""):
             main()
         except SystemExit as stop:
             code = stop.code
-            if isinstance(code, str):
-                print(code, file=err)
-    return SimpleNamespace(returncode=int(bool(code)), stdout=out.getvalue(), stderr=err.getvalue())
+    last = f"\n{code}\n" if isinstance(code, str) else ""  # behind what a progress bar leaves
+    return SimpleNamespace(returncode=int(bool(code)), stdout=out.getvalue(),
+                           stderr=err.getvalue() + last)
 
 
 def losses(folder):

@@ -441,6 +441,7 @@ def test_notes_say_what_a_choice_brings():
     assert "eta sigma1 = 1.04" in said(eta=0.8) and "1 + eta" not in said(eta=0.8)
     assert "eta |u0|^2 = 2.36" in said(eta=0.1, tau0=4.0, nu0=2.0)
     assert "rounding" in said(tau0=0.0) and said() == ""
+    assert said(eta=0.3, tau0=1.5) == ""  # eta |u0|^2 = 1.09 is below 1 + eta
 
 
 @pytest.mark.parametrize("arguments", [
@@ -461,7 +462,7 @@ def test_edges(arguments, tmp_path, recwarn):
     ("--d 2.5", "whole number"), ("--seed -1", "0 to 1e+06"), ("--methods gd fast", "'sequential'"),
     ("--out a.doc", ".png"), ("--json .", ".json"), ("--animate a.mp4", ".gif"),
     ("--tau0 0 --nu0 0", "--nu0"), ("--method gd", "--method"),
-    ("--json /proc/none/x.json", "cannot write")])
+    ("--json /proc/none/x.json", "cannot write"), ("--json /proc/x.json", "cannot write")])
 def test_wrong_values_get_one_line(arguments, wanted, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
