@@ -243,8 +243,10 @@ def questions(model):
     """Prompts of all lengths for a model whose answers differ and end at different steps."""
     torch.manual_seed(4)
     model.llm.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.llm.lm_head.weight))
-    prompts = [model.processor.ask(held_out(family, i)["image"], "What" + i * " is this" + "?")
-               for i, family in enumerate(("global", "detail", "detail", "detail", "global"))]
+    asked = [held_out(family, i) for i, family in
+             enumerate(("global", "detail", "detail", "detail", "global"))]
+    prompts = [model.processor.ask(record["image"], record["conversations"][0]["value"])
+               for record in asked]
     prompts.append(model.processor.ask(None, "Who?"))
     model.end_ids = set()
     model.end_ids = {ids[4] for ids in model.generate_batch(prompts[:3], max_new_tokens=5)}
