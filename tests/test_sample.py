@@ -1,14 +1,13 @@
 """sample.py as its user runs it."""
 
 import json
-import os
 import subprocess
 import sys
 from functools import partial
 
 import numpy as np
 import pytest
-from flows import ROOT, in_process
+from flows import ENVIRONMENT, ROOT, in_process
 from PIL import Image
 
 from sliming.config import PRESETS
@@ -41,8 +40,7 @@ def test_answer_and_explanation(folder):
 def test_as_a_program(folder):
     done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--image", "picture.png",
                            "--max-new-tokens", "2"], cwd=folder, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, input="How many?\n\n")
+                          env=ENVIRONMENT, capture_output=True, text=True, input="How many?\n\n")
     assert done.returncode == 0 and done.stdout.count("> ") == 2, done.stderr
 
 
