@@ -10,14 +10,8 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
 
 
 def rank_device() -> torch.device:
@@ -99,18 +93,15 @@ def shard(units: list[nn.Module], how: str, bf16: bool, device: torch.device) ->
     if how == "none":
         return
     options = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
-               "reshard_after_forward": how != "grads", "offload_policy": OffloadPolicy()}
+               "reshard_after_forward": how != "grads"}
     if how == "offload":
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
     if bf16:
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16,
-                                                    reduce_dtype=torch.float32)
+        options["mp_policy"] = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     for unit in units:
-        fully_shard(unit, **options)
-    for module in units[-1].modules():
-        if isinstance(module, FSDPModule):
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
+        fsdp.fully_shard(unit, **options)
+        unit.set_force_sum_reduction_for_comms(True)
+        unit.set_gradient_divide_factor(1.0)
 
 
 @torch.no_grad()

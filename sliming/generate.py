@@ -158,12 +158,13 @@ class Answering:
                       parts: str = "both") -> tuple[Tensor, list[int]]:
         """Prompts as the language model reads them, without the noise of training: [T, D], and
         their lengths, sum T."""
-        training = self.training
+        training, batch = self.training, Batch.pack(samples)
         self.eval()
-        batch = Batch.pack(samples)
-        features, batch = self.encode_once(batch), batch.to(self.device)
-        inputs, _, lengths = self.embed(batch, self.see(batch, parts, gamma, features=features))
-        self.train(training)
+        try:
+            features, batch = self.encode_once(batch), batch.to(self.device)
+            inputs, _, lengths = self.embed(batch, self.see(batch, parts, gamma, features=features))
+        finally:
+            self.train(training)
         return inputs, lengths
 
     def encode_once(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -199,7 +200,7 @@ class Conversation:
     def ask(self, question: str) -> Iterator[str]:
         """The answer as text, piece by piece. The next question is asked when it has been read."""
         processor, template = self.model.processor, self.model.config.template
-        if self.first is None:
+        if not self.cache.lengths:  # also after a first question that was refused
             sample = self.first = processor.ask(self.images, question)
         else:
             turn = {"from": "human", "value": without_markers(question)}
@@ -219,9 +220,10 @@ class Conversation:
             yield from self.model.text(answer())
             ended = len(tokens) < self.max_new_tokens
         finally:  # an answer cut short, by its length or its reader, lacks its last token there
-            end = end_token(template, processor.tokenizer)
-            self.unseen = [end] if ended else [*tokens[-1:], end]
-            self.turns.append((question, processor.tokenizer.decode(tokens).strip()))
+            if ended or tokens:
+                end = end_token(template, processor.tokenizer)
+                self.unseen = [end] if ended else [tokens[-1], end]
+                self.turns.append((question, processor.tokenizer.decode(tokens).strip()))
 
 
 def answer_file(model: Answering, questions: Path, folder: Path, answers: Path, batch_size: int,
@@ -292,7 +294,6 @@ def exact_match(batch: Batch, logits: Tensor) -> list[bool]:
     before it (by induction over the tokens).
     """
     supervised = batch.labels != IGNORE                                        # [N]
-    right = (logits.argmax(-1) == batch.labels[supervised]).tolist()           # A
-    counts = [int(part.sum()) for part in supervised.split(batch.lengths)]
-    ends = torch.tensor(counts).cumsum(0).tolist()
-    return [all(right[end - count:end]) for count, end in zip(counts, ends, strict=True)]
+    right = (logits.argmax(-1) == batch.labels[supervised]).cpu()              # [A]
+    counts = [int(part.sum()) for part in supervised.cpu().split(batch.lengths)]
+    return [bool(part.all()) for part in right.split(counts)]

@@ -4,14 +4,18 @@ Starting a process costs seconds of imports, so `run_train` takes several comman
 them one after another in one process (or one set of ranks).
 """
 
+import io
 import json
 import os
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -39,6 +43,22 @@ def until(holds, seconds=120):
     deadline = time.monotonic() + seconds
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.005)
+
+
+def in_process(main, *arguments, cwd=ROOT, typed=""):
+    """A program's `main` in this process: code, output and errors as a process of its own gives."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.StringIO(typed))
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+    last = f"\n{code}\n" if isinstance(code, str) else ""  # behind what a progress bar leaves
+    return SimpleNamespace(returncode=int(bool(code)), stdout=out.getvalue(),
+                           stderr=err.getvalue() + last)
 
 
 def losses(folder):

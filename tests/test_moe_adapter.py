@@ -65,31 +65,8 @@ def test_gates_on_paper():
         adapter.w_gate[0, 0] = 1
     x = torch.zeros(1, 4, 4)
     x[0, 2, 0] = math.log(3)
-    expected = torch.tensor([[.5, .5], [.5, .5], [.75, .25], [.5, .5]])
+    expected = torch.tensor([[.5, .5], [.5, .5], [.75, .25], [.5, .5]])  # they start even
     torch.testing.assert_close(adapter.gate(x)[0], expected)
-
-
-def test_one_sided_gates_leave_one_expert():
-    torch.manual_seed(0)
-    adapter = MoEAdapter(8, 12, 9).eval()
-    x = torch.randn(2, 9, 8)
-    x[..., 0] = 1
-    for sign, expert in ((1, adapter.mlp(x)), (-1, adapter.mlp(adapter.query_former(x)))):
-        with torch.no_grad():
-            adapter.w_gate[0] = torch.tensor([sign * 100.0, 0])
-        torch.testing.assert_close(adapter(x)[0], expert)
-
-
-def test_gates_sum_to_one_and_start_even():
-    torch.manual_seed(0)
-    adapter = MoEAdapter(8, 12, 9)
-    x = torch.randn(3, 9, 8)
-    assert torch.equal(adapter.eval()(x)[1], torch.full((3, 9, 2), 0.5))
-    randomise(adapter)
-    for training in (False, True):
-        gates = adapter.train(training)(x)[1]
-        assert gates.dtype == torch.float32 and gates.min() >= 0
-        torch.testing.assert_close(gates.sum(dim=-1), torch.ones(3, 9))
 
 
 def test_noise_statistics_in_training_and_none_in_evaluation():

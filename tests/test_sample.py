@@ -1,47 +1,28 @@
 """sample.py as its user runs it."""
 
-import io
 import json
-import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
+from flows import ENVIRONMENT, ROOT, in_process
 from PIL import Image
 
+from sliming.config import PRESETS
+from sliming.model import SliME
 from sliming.tiny.held_out import held_out
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import sample  # noqa: E402
 
-
-def run(*arguments, typed="", cwd=ROOT):
-    """sample.py's main in this process: a new one spends time on imports (one test does that)."""
-    import sample
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
-        patch.setattr(sys, "stdin", io.StringIO(typed))
-        code = 0
-        try:
-            sample.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-            if isinstance(stop.code, str):
-                err.write(stop.code + "\n")
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+run = partial(in_process, sample.main)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """out/stage1 with an untrained checkpoint, and a picture."""
-    from sliming.config import PRESETS
-    from sliming.model import SliME
     folder = tmp_path_factory.mktemp("sample")
     SliME.from_backbones(PRESETS["tiny"].model).save_pretrained(folder / "out" / "stage1")
     held_out("detail", 0)["image"].save(folder / "picture.png")
@@ -51,8 +32,7 @@ def folder(tmp_path_factory):
 def test_answer_and_explanation(folder):
     done = run("--image", "picture.png", "--prompt", "How many bars are there?",
                "--explain", "look.png", "--max-new-tokens", 5, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("\n")
+    assert done.returncode == 0 and done.stdout.endswith("\n"), done.stderr
     with Image.open(folder / "look.png") as picture:
         assert picture.width >= 1200 and np.asarray(picture.convert("L")).std() > 20
 
@@ -70,8 +50,7 @@ def test_a_page_of_several_questions_and_of_a_conversation(folder):
 def test_as_a_program(folder):
     done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--image", "picture.png",
                            "--max-new-tokens", "2"], cwd=folder, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, input="How many?\n\n")
+                          env=ENVIRONMENT, capture_output=True, text=True, input="How many?\n\n")
     assert done.returncode == 0 and done.stdout.count("> ") == 2, done.stderr
 
 
@@ -94,13 +73,14 @@ def test_a_file_of_questions_goes_on_where_it_was(folder):
     questions = [{"question_id": i, "image": image, "text": "Which?"} for i, image in
                  enumerate(("picture.png", None, ["picture.png", "picture.png"]))]
     file = folder / "questions.jsonl"
-    file.write_text("\n".join(map(json.dumps, questions[:2])) + "\n{broken\n")
     flags = ["--batch", "questions.jsonl", "--answers", "answers.jsonl", "--max-new-tokens", 2]
-    done = run(*flags, cwd=folder)
-    assert done.returncode != 0
-    assert "questions.jsonl, line 3: broken JSON" in done.stderr.splitlines()[-1]
-    file.write_text("\n".join(map(json.dumps, questions)))
-    assert run(*flags, cwd=folder).returncode == 0
+    lines = [*map(json.dumps, questions)]
+    for rest in ([], ["{broken"], lines[2:]):
+        file.write_text("\n".join([*lines[:2], *rest]))
+        done = run(*flags, cwd=folder)
+        assert done.returncode == (rest == ["{broken"]), done.stderr
+        if done.returncode:
+            assert "questions.jsonl, line 3: broken JSON" in done.stderr.splitlines()[-1]
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert [answer["question_id"] for answer in answers] == [0, 1, 2]
     assert set(answers[0]) == {"question_id", "prompt", "text"}

@@ -1,13 +1,12 @@
 """Slicing against slow, obvious twins and recorded data; opening every odd kind of image file.
-
-Shapes: S side of a crop in pixels; P = columns * rows crops. Sizes and grids are (width, height).
-"""
+Sizes and grids are (width, height)."""
 
 import hashlib
 import io
 import json
 import math
 import random
+import re
 import struct
 import warnings
 from fractions import Fraction
@@ -19,12 +18,12 @@ from PIL import Image
 from reference import reference_folder
 
 from sliming.images import open_image
-from sliming.slicer import Slices, choose_grid, slice_image
+from sliming.slicer import choose_grid, slice_image
 
 # ---- slow twins ----------------------------------------------------------------------------------
 
 
-def paper_merit(size: tuple[int, int], grid: tuple[int, int], crop_size: int) -> tuple[int, int]:
+def paper_merit(size, grid, crop_size):
     """(utilised, wasted) pixels of one grid, Sec. 2.1, in whole pixels."""
     width, height = size
     canvas_width, canvas_height = grid[0] * crop_size, grid[1] * crop_size
@@ -33,8 +32,7 @@ def paper_merit(size: tuple[int, int], grid: tuple[int, int], crop_size: int) ->
     return utilised, canvas_width * canvas_height - utilised
 
 
-def paper_grid(size: tuple[int, int], crop_size: int, max_side: int,
-               max_crops: int) -> tuple[int, int]:
+def paper_grid(size, crop_size, max_side, max_crops):
     """The paper's rule read aloud: keep the best so far in a double loop."""
     best, best_utilised, best_wasted = None, -1, -1
     for columns in range(1, max_side + 1):
@@ -47,15 +45,14 @@ def paper_grid(size: tuple[int, int], crop_size: int, max_side: int,
     return best
 
 
-def exact_utilised(size: tuple[int, int], grid: tuple[int, int], crop_size: int) -> Fraction:
+def exact_utilised(size, grid, crop_size):
     """The paper's formula in rational numbers, without whole pixels."""
     width, height = size
     scale = min(Fraction(grid[0] * crop_size, width), Fraction(grid[1] * crop_size, height))
     return min(Fraction(width * height), width * scale * height * scale)
 
 
-def crop_by_crop(image: Image.Image, grid: tuple[int, int],
-                 crop_size: int) -> tuple[Image.Image, list]:
+def crop_by_crop(image, grid, crop_size):
     """(canvas, crops) by Pillow only: resize, paste on black, then crop() each cell, row by row."""
     width, height = grid[0] * crop_size, grid[1] * crop_size
     if width / image.width < height / image.height:
@@ -69,23 +66,25 @@ def crop_by_crop(image: Image.Image, grid: tuple[int, int],
                     for y in range(0, height, crop_size) for x in range(0, width, crop_size)]
 
 
-def pixels(image: Image.Image) -> torch.Tensor:
+def pixels(image):
     """uint8 [3, H, W] of an RGB image."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    values = np.random.default_rng(0).integers(0, 256, (height, width, len(mode)), np.uint8)
+def noise(width, height, channels=3):
+    values = np.random.default_rng(0).integers(0, 256, (height, width, channels), np.uint8)
     return Image.fromarray(values)
 
 
-def encode(image: Image.Image, format: str, **options) -> bytes:
+def encode(image, format, **options):
+    """The image as a file in memory."""
     file = io.BytesIO()
     image.save(file, format, **options)
-    return file.getvalue()
+    file.seek(0)
+    return file
 
 
-def random_sizes(count: int, seed: int) -> list[tuple[int, int]]:
+def random_sizes(count, seed):
     """Widths and heights from 1 to 8000, evenly over the logarithm: small and thin are common."""
     draw = random.Random(seed)
     return [(round(8000 ** draw.random()), round(8000 ** draw.random())) for _ in range(count)]
@@ -164,14 +163,6 @@ def test_bad_arguments_are_refused_in_one_line(arguments, message):
 # ---- the pixels ----------------------------------------------------------------------------------
 
 
-def assert_well_formed(slices: Slices, crop_size: int) -> None:
-    columns, rows = slices.grid
-    assert slices.global_view.shape == (3, crop_size, crop_size)
-    assert slices.crops.shape == (columns * rows, 3, crop_size, crop_size)
-    for views in (slices.global_view, slices.crops):
-        assert views.dtype == torch.uint8 and views.is_contiguous()
-
-
 @pytest.mark.parametrize("rule", ["paper", "official"])
 @pytest.mark.parametrize("crop_size, width, height", [
     (24, 150, 60), (24, 60, 150), (24, 71, 73), (24, 9, 5), (7, 1, 1), (24, 1, 300),
@@ -179,7 +170,8 @@ def assert_well_formed(slices: Slices, crop_size: int) -> None:
 def test_slices_equal_crop_by_crop(rule, crop_size, width, height):
     image = noise(width, height)
     slices = slice_image(image, rule=rule, crop_size=crop_size)
-    assert_well_formed(slices, crop_size)
+    for views in (slices.global_view, slices.crops):
+        assert views.dtype == torch.uint8 and views.is_contiguous()
     assert slices.grid == choose_grid(width, height, rule=rule, crop_size=crop_size)
     canvas, crops = crop_by_crop(image, slices.grid, crop_size)
     assert torch.equal(slices.crops, torch.stack([pixels(crop) for crop in crops]))
@@ -199,17 +191,8 @@ def test_thin_images_leave_a_visible_strip_on_black():
         white = Image.new("RGB", (width, height), "white")
         for rule in ("paper", "official"):
             slices = slice_image(white, rule=rule)
-            assert_well_formed(slices, 336)
-            for views in (slices.global_view[None], slices.crops):
+            for views in (slices.global_view, slices.crops):
                 assert set(views.unique().tolist()) <= {0, 255} and (views == 255).any()
-
-
-def test_padding_is_black_and_centred():
-    slices = slice_image(Image.new("RGB", (40, 10), (200, 100, 50)), crop_size=40)
-    assert slices.grid == (1, 1)
-    expected = torch.zeros(3, 40, 40, dtype=torch.uint8)
-    expected[:, 15:25] = torch.tensor([200, 100, 50], dtype=torch.uint8)[:, None, None]
-    assert torch.equal(slices.global_view, expected) and torch.equal(slices.crops[0], expected)
 
 
 def test_max_crops_and_max_side_bound_the_crops():
@@ -231,21 +214,17 @@ def test_official_views_equal_the_recorded_ones_bit_for_bit():
         views = torch.cat([slices.global_view[None], slices.crops])              # [1 + P, 3, S, S]
         assert list(slices.grid) == record["grid_cols_rows"]
         assert list(views.shape) == record["shape"]
-        stacked = np.array(Image.open(folder / f"{name}.views.png"))           # [(1 + P) * S, S, 3]
-        count, _, size, _ = record["shape"]
-        recorded = torch.from_numpy(stacked).reshape(count, size, size, 3).permute(0, 3, 1, 2)
-        assert torch.equal(views, recorded), name
         assert hashlib.sha256(views.numpy().tobytes()).hexdigest() == record["sha256_uint8"], name
 
 
 # ---- opening -------------------------------------------------------------------------------------
 
 
-def opened(image: Image.Image, format: str, **options) -> np.ndarray:
+def opened(image, format, **options):
     """uint8 [H, W, 3] of the image after going through a file; checks that Pillow does not warn."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = open_image(io.BytesIO(encode(image, format, **options)))
+        result = open_image(encode(image, format, **options))
     assert result.mode == "RGB"
     return np.array(result)
 
@@ -254,7 +233,7 @@ def opened(image: Image.Image, format: str, **options) -> np.ndarray:
 def test_path_file_and_image_give_the_same_pixels(format, tmp_path):
     image = noise(30, 20)
     path = tmp_path / f"picture.{format.lower()}"
-    path.write_bytes(encode(image, format, **({"lossless": True} if format == "WEBP" else {})))
+    image.save(path, **({"lossless": True} if format == "WEBP" else {}))
     with open(path, "rb") as file:
         for source in (path, str(path), file, Image.open(path), image, open_image(path)):
             assert np.array_equal(open_image(source), image)
@@ -272,11 +251,10 @@ def test_exif_orientation_is_applied(format):
                 5: np.s_[:16], 6: np.s_[:16], 7: np.s_[16:], 8: np.s_[16:]}
     for orientation, white_part in expected.items():
         exif[0x0112] = orientation
-        data = encode(image, format, exif=exif)
-        result = np.array(open_image(io.BytesIO(data))).astype(int)
+        kept = Image.open(encode(image, format, exif=exif))
+        result = opened(image, format, exif=exif).astype(int)
         assert result.shape[:2] == ((16, 32) if orientation < 5 else (32, 16)), orientation
         assert result[white_part].min() > 240 and result.mean() < 140, orientation  # half black
-        kept = Image.open(io.BytesIO(data))
         assert np.array_equal(open_image(kept), result)
         assert np.array_equal(open_image(open_image(kept)), result)  # turned once, not twice
         assert kept.size == (32, 16) or format == "TIFF"  # not in place; Pillow itself turns a TIFF
@@ -322,23 +300,20 @@ def test_grey_values_without_a_known_white_are_refused(values, tmp_path):
 
 
 def test_transparency_shows_white():
-    colour = noise(6, 5, mode="RGBA")
+    colour = noise(6, 5, channels=4)
     values = np.array(colour).astype(float)
     alpha = values[:, :, 3:] / 255
     expected = values[:, :, :3] * alpha + 255 * (1 - alpha)
     assert np.abs(opened(colour, "PNG") - expected).max() <= 1
-    grey = Image.merge("LA", (Image.new("L", (4, 4), 90), Image.new("L", (4, 4), 0)))
-    assert (opened(grey, "PNG") == 255).all()
-    palette = Image.new("P", (4, 4), 1)
+    assert (opened(Image.new("LA", (4, 4), (90, 0)), "PNG") == 255).all()
+    palette, key = Image.new("P", (4, 4), 1), Image.new("RGB", (4, 4), (1, 2, 3))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putpixel((0, 0), 0)
-    for transparency in (1, bytes([255, 0])):  # a transparent index, and an alpha for each index
-        result = opened(palette, "PNG", transparency=transparency)
+    key.putpixel((0, 0), (10, 20, 30))
+    # A transparent index, an alpha for each index, a transparent colour.
+    for image, transparent in ((palette, 1), (palette, bytes([255, 0])), (key, (1, 2, 3))):
+        result = opened(image, "PNG", transparency=transparent)
         assert result[0, 0].tolist() == [10, 20, 30] and (result.reshape(-1, 3)[1:] == 255).all()
-    key = Image.new("RGB", (4, 4), (1, 2, 3))
-    key.putpixel((0, 0), (9, 9, 9))
-    result = opened(key, "PNG", transparency=(1, 2, 3))
-    assert result[0, 0].tolist() == [9, 9, 9] and (result.reshape(-1, 3)[1:] == 255).all()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "YCbCr", "HSV"])
@@ -352,33 +327,25 @@ def test_animated_gives_the_first_frame(format, tmp_path):
     frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue", "lime")]
     path = tmp_path / f"film.{format.lower()}"
     options = {"lossless": True} if format == "WEBP" else {}
-    path.write_bytes(encode(frames[0], format, save_all=True, append_images=frames[1:], **options))
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
     assert np.array_equal(open_image(path), frames[0])
     slices = slice_image(path, crop_size=10)  # the file is closed by now, its other frames unread
     assert slices.grid == (2, 1)
     assert torch.equal(slices.crops, slice_image(frames[0], crop_size=10).crops)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (20000, 50)])
-def test_extreme_sizes_open(size):
-    assert np.array_equal(opened(noise(*size), "PNG"), noise(*size))
-
-
 @pytest.mark.parametrize("format, mode", [
     ("PNG", "RGB"), ("JPEG", "RGB"), ("JPEG", "CMYK"), ("GIF", "P"), ("BMP", "RGB"),
     ("WEBP", "RGB"), ("TIFF", "RGB"), ("PNG", "LA")])
 def test_truncated_file_is_an_error_and_never_half_an_image(format, mode, tmp_path):
-    data = encode(noise(64, 48).convert(mode), format)
-    whole = np.array(open_image(io.BytesIO(data)))
-    path = tmp_path / "cut.image"
-    failures = 0
+    data = encode(noise(64, 48).convert(mode), format).getvalue()
+    whole, path, failures = np.array(open_image(io.BytesIO(data))), tmp_path / "cut.image", 0
     for fraction in np.linspace(0, 0.99, 34):
         path.write_bytes(data[: int(len(data) * fraction)])
         try:
             assert np.array_equal(open_image(path), whole)  # only bytes after the last pixel lost
         except ValueError as error:
-            assert str(path) in str(error) and "replace it or drop its record" in str(error)
-            assert "\n" not in str(error)
+            assert re.fullmatch(".*cut.image: .*; replace it or drop its record", str(error))
             failures += 1
     assert failures >= 30
 
@@ -401,14 +368,13 @@ def test_no_image_is_an_error_that_names_the_file(data, tmp_path):
     (SyntaxError("bad chunk"), "bad chunk"), (EOFError(), "EOFError"),
     (OSError("bad strip"), "bad strip")])
 def test_whatever_a_decoder_raises_becomes_one_line(error, reason, monkeypatch):
-    def fail(self):
+    def fail(_):
         raise error
 
     monkeypatch.setattr(Image.Image, "load", fail)
     with pytest.raises(ValueError) as caught:
         open_image(Image.new("RGB", (4, 4)))
-    assert f"unreadable image ({reason}); replace it" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert re.fullmatch(rf".*unreadable image \({reason}\); replace it.*", str(caught.value))
 
 
 def test_missing_folder_empty_and_wrong_sources(tmp_path):
@@ -438,8 +404,7 @@ def test_decompression_bomb_is_one_line(monkeypatch, tmp_path):
 def test_global_view_never_builds_a_square_of_the_long_side(monkeypatch):
     """A 20,000-pixel strip padded to a square takes 1.2 GB; no canvas is larger than the crops."""
     image = Image.new("RGB", (20000, 50))
-    sizes = []
-    zeros, resize = torch.zeros, Image.Image.resize
+    sizes, zeros, resize = [], torch.zeros, Image.Image.resize
     monkeypatch.setattr(torch, "zeros", lambda *s, **k: sizes.append(s[:2]) or zeros(*s, **k))
     monkeypatch.setattr(Image.Image, "resize", lambda *args: sizes.append(args[1]) or resize(*args))
     monkeypatch.setattr(Image, "new", None)  # no canvas is made by Pillow

@@ -13,33 +13,26 @@ from sliming.distributed import reduce
 from sliming.generate import exact_match
 from sliming.inputs import Batch
 from sliming.model import SliME
+from sliming.tiny import pictures
 from sliming.tiny.features import Features
-from sliming.tiny.pictures import (
-    Scene,
-    detail_questions,
-    generator,
-    global_questions,
-    record,
-    render,
-    sample_scene,
-)
 
 FAMILIES = ("global", "detail")
 
 
-def held_out_scene(
-    family: str, index: int, across_seams: bool = False
-) -> tuple[Scene, np.random.Generator]:
+def held_out_scene(family: str, index: int, across_seams: bool = False
+                   ) -> tuple[pictures.Scene, np.random.Generator]:
     """The large picture behind held-out record `index`, and the stream that draws it and asks."""
-    rng = generator("held-out", FAMILIES.index(family), index)
-    return sample_scene(rng, across_seams=across_seams), rng
+    rng = pictures.generator("held-out", FAMILIES.index(family), index)
+    return pictures.sample_scene(rng, across_seams=across_seams), rng
 
 
 def held_out(family: str, index: int, across_seams: bool = False) -> dict:
     """Held-out record `index` of the "global" or "detail" family: a question about a picture."""
     scene, rng = held_out_scene(family, index, across_seams)
-    pool = global_questions(scene) if family == "global" else detail_questions(scene)
-    return record(f"{family}-{index}", render(scene, rng), [pool[rng.integers(len(pool))]])
+    image = pictures.render(scene, rng)
+    ask = pictures.global_questions if family == "global" else pictures.detail_questions
+    pool = ask(scene)
+    return pictures.record(f"{family}-{index}", image, [pool[rng.integers(len(pool))]])
 
 
 # ----------------------------------------------------------------------------------------- accuracy
@@ -59,10 +52,9 @@ SETTINGS = {
 
 
 @torch.no_grad()
-def held_out_accuracy(
-    model: SliME, questions: int, parts: str = "both", across_seams: bool = False,
-    batch_size: int = 32, rank: int = 0, world: int = 1, folder: Path | None = None,
-) -> dict[str, dict]:
+def held_out_accuracy(model: SliME, questions: int, parts: str = "both",
+                      across_seams: bool = False, batch_size: int = 32, rank: int = 0,
+                      world: int = 1, folder: Path | None = None) -> dict[str, dict]:
     """`questions` of each family in every setting: {name: {accuracy, n, local_tokens}}.
 
     `local_tokens` is the mean number of local tokens that the language model saw. `parts` "global"
@@ -77,9 +69,9 @@ def held_out_accuracy(
     known = {}
     if folder is not None:
         for family in FAMILIES:
-            pictures = (held_out(family, i, across_seams)["image"] for i in range(questions))
+            images = (held_out(family, i, across_seams)["image"] for i in range(questions))
             name = f"held-out-{family}-{questions}-pictures{'-across-seams' * across_seams}"
-            known[family] = Features(folder, name, pictures, model, parts)
+            known[family] = Features(folder, name, images, model, parts)
     # The random tokens have a seed per batch; the training's own stream goes on as if not used.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for family, start in tqdm(starts[rank::world], desc="held-out questions", unit="batch",

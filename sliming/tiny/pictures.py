@@ -35,11 +35,9 @@ from sliming.slicer import Slices
 
 CROP = 64  # S: side of one crop in pixels; the tiny vision tower's input size
 KINDS = ("chart", "table", "shapes")
-COLOURS = {
-    "red": (214, 39, 40), "green": (44, 150, 60), "blue": (40, 80, 210),
-    "yellow": (235, 205, 40), "purple": (140, 60, 180), "orange": (245, 135, 30),
-    "cyan": (60, 195, 215), "brown": (120, 75, 45),
-}
+COLOURS = {"red": (214, 39, 40), "green": (44, 150, 60), "blue": (40, 80, 210),
+           "yellow": (235, 205, 40), "purple": (140, 60, 180), "orange": (245, 135, 30),
+           "cyan": (60, 195, 215), "brown": (120, 75, 45)}
 SHAPES = ("circle", "square", "triangle", "diamond")
 LETTERS = "ABCDEFGH"
 COUNTS = ("zero", "one", "two", "three", "four", "five")
@@ -47,28 +45,27 @@ LARGE_GRIDS = ((3, 3), (3, 2), (2, 3), (4, 2), (2, 4))  # crops: (columns, rows)
 
 # 5 x 7 pixel glyphs, seven rows of five bits each.
 GLYPHS = {
-    glyph: np.array([[int(bit) for bit in row] for row in rows.split()], dtype=bool)  # [7, 5]
-    for glyph, rows in {
-        "0": "01110 10001 10011 10101 11001 10001 01110",
-        "1": "00100 01100 00100 00100 00100 00100 01110",
-        "2": "01110 10001 00001 00110 01000 10000 11111",
-        "3": "11110 00001 00001 01110 00001 00001 11110",
-        "4": "00010 00110 01010 10010 11111 00010 00010",
-        "5": "11111 10000 11110 00001 00001 10001 01110",
-        "6": "00110 01000 10000 11110 10001 10001 01110",
-        "7": "11111 00001 00010 00100 01000 01000 01000",
-        "8": "01110 10001 10001 01110 10001 10001 01110",
-        "9": "01110 10001 10001 01111 00001 00010 01100",
-        "A": "01110 10001 10001 11111 10001 10001 10001",
-        "B": "11110 10001 10001 11110 10001 10001 11110",
-        "C": "01110 10001 10000 10000 10000 10001 01110",
-        "D": "11110 10001 10001 10001 10001 10001 11110",
-        "E": "11111 10000 10000 11110 10000 10000 11111",
-        "F": "11111 10000 10000 11110 10000 10000 10000",
-        "G": "01110 10001 10000 10111 10001 10001 01110",
-        "H": "10001 10001 10001 11111 10001 10001 10001",
-    }.items()
+    "0": "01110 10001 10011 10101 11001 10001 01110",
+    "1": "00100 01100 00100 00100 00100 00100 01110",
+    "2": "01110 10001 00001 00110 01000 10000 11111",
+    "3": "11110 00001 00001 01110 00001 00001 11110",
+    "4": "00010 00110 01010 10010 11111 00010 00010",
+    "5": "11111 10000 11110 00001 00001 10001 01110",
+    "6": "00110 01000 10000 11110 10001 10001 01110",
+    "7": "11111 00001 00010 00100 01000 01000 01000",
+    "8": "01110 10001 10001 01110 10001 10001 01110",
+    "9": "01110 10001 10001 01111 00001 00010 01100",
+    "A": "01110 10001 10001 11111 10001 10001 10001",
+    "B": "11110 10001 10001 11110 10001 10001 11110",
+    "C": "01110 10001 10000 10000 10000 10001 01110",
+    "D": "11110 10001 10001 10001 10001 10001 11110",
+    "E": "11111 10000 10000 11110 10000 10000 11111",
+    "F": "11111 10000 10000 11110 10000 10000 10000",
+    "G": "01110 10001 10000 10111 10001 10001 01110",
+    "H": "10001 10001 10001 11111 10001 10001 10001",
 }
+GLYPHS = {glyph: np.array([[*map(int, row)] for row in rows.split()], dtype=bool)  # [7, 5]
+          for glyph, rows in GLYPHS.items()}
 NUMBER_SIZE = (11, 7)  # width and height of a printed two-digit number in pixels
 
 
@@ -109,16 +106,14 @@ class Scene:
 
 def sample_scene(rng: np.random.Generator, small: bool = False,
                  across_seams: bool = False) -> Scene:
-    """Draws the facts and the geometry of one picture.
-
-    `across_seams` lets labels lie across the seam of two crops.
-    """
+    """Draws the facts and the geometry of one picture. `across_seams` lets labels lie across the
+    seam of two crops."""
     kind = KINDS[rng.integers(len(KINDS))]
     columns, rows = (1, 1) if small else LARGE_GRIDS[rng.integers(len(LARGE_GRIDS))]
-    width, height = columns * CROP, rows * CROP
     place = {"chart": _place_chart, "table": _place_table, "shapes": _place_shapes}[kind]
     items, accent = place(rng, columns, rows, across_seams)
-    return Scene(kind, (width, height), tuple(items), accent, int(rng.integers(236, 256)))
+    size = columns * CROP, rows * CROP
+    return Scene(kind, size, tuple(items), accent, int(rng.integers(236, 256)))
 
 
 def _free_of_seams(start: int, length: int, across_seams: bool) -> bool:
@@ -127,17 +122,15 @@ def _free_of_seams(start: int, length: int, across_seams: bool) -> bool:
 
 
 def _numbers(rng: np.random.Generator, count: int) -> list[int]:
-    return [int(n) for n in rng.choice(np.arange(10, 100), size=count, replace=False)]
+    return rng.choice(np.arange(10, 100), size=count, replace=False).tolist()
 
 
 def _place_chart(rng, columns, rows, across_seams):
-    height = rows * CROP
-    slots = 2 * columns  # each half a crop wide, so that bars do not lie across seams
+    height, slots = rows * CROP, 2 * columns  # half a crop wide: bars do not lie across seams
     count = int(rng.integers(2, min(5, slots) + 1))
-    colours = rng.choice(list(COLOURS), size=count, replace=False)
+    colours = rng.choice(list(COLOURS), size=count, replace=False).tolist()
     floor = height - 5
-    tops = np.arange(6, floor - 16)
-    tops = [int(t) for t in tops if _free_of_seams(int(t) + 4, NUMBER_SIZE[1], across_seams)]
+    tops = [y for y in range(6, floor - 16) if _free_of_seams(y + 4, NUMBER_SIZE[1], across_seams)]
     step = max(4, height // 16)  # two bars' heights differ by 4 pixels of the global view or more
     chosen: list[int] = []
     while len(chosen) < count:
@@ -148,17 +141,17 @@ def _place_chart(rng, columns, rows, across_seams):
             chosen = []
     numbers = sorted(_numbers(rng, count))
     by_height = sorted(range(count), key=lambda bar: -chosen[bar])  # the lowest bar first
-    value = {bar: numbers[rank] for rank, bar in enumerate(by_height)}
+    value = dict(zip(by_height, numbers, strict=True))
     items = []
-    for bar, slot in enumerate(sorted(rng.choice(slots, size=count, replace=False))):
+    for bar, slot in enumerate(sorted(rng.choice(slots, size=count, replace=False).tolist())):
         bar_width = int(rng.integers(21, 27))
-        left = int(slot) * (CROP // 2) + int(rng.integers(2, CROP // 2 - bar_width - 1))
+        left = slot * (CROP // 2) + int(rng.integers(2, CROP // 2 - bar_width - 1))
         if across_seams and bar == count - 1:
             left = min(left + int(rng.integers(0, CROP // 2)), columns * CROP - bar_width - 2)
         print_x = left + (bar_width - NUMBER_SIZE[0]) // 2
-        items.append(Item("bar", str(colours[bar]), "", value[bar],
+        items.append(Item("bar", colours[bar], "", value[bar],
                           (left, chosen[bar], left + bar_width, floor), (print_x, chosen[bar] + 4)))
-    return items, str(colours[by_height[-1]])
+    return items, colours[by_height[-1]]
 
 
 def _place_table(rng, columns, rows, across_seams):
@@ -166,7 +159,7 @@ def _place_table(rng, columns, rows, across_seams):
     header = int(rng.integers(13, 15)) if rows == 1 else int(rng.integers(18, 25))
     row_height = 22 if rows == 1 else int(rng.integers(24, 31))
     count = int(rng.integers(2, min(5, (height - 6 - header) // row_height) + 1))
-    letters = rng.choice(list(LETTERS), size=count, replace=False)
+    letters = rng.choice(list(LETTERS), size=count, replace=False).tolist()
     gap = int(rng.integers(5, 10))
     pair = 5 + gap + NUMBER_SIZE[0]  # the letter, a gap, the number
     places = [x for x in range(6, width - pair - 6) if _free_of_seams(x, pair, across_seams)]
@@ -177,7 +170,7 @@ def _place_table(rng, columns, rows, across_seams):
         lines = [y for y in range(top + 3, top + row_height - 9)
                  if _free_of_seams(y, NUMBER_SIZE[1], across_seams)]
         y = lines[rng.integers(len(lines))]
-        items.append(Item("row", "", str(letter), number, (3, top, width - 3, top + row_height),
+        items.append(Item("row", "", letter, number, (3, top, width - 3, top + row_height),
                           (left + 5 + gap, y), (left, y)))
     return items, str(rng.choice(list(COLOURS)))
 
@@ -188,19 +181,17 @@ def _place_shapes(rng, columns, rows, across_seams):
         cells = [(left, 0, CROP // count, CROP) for left in (0, CROP // 2)[:count]]
     else:
         count = int(rng.integers(2, 6))
-        picked = rng.choice(columns * rows, size=count, replace=False)
-        cells = [(int(c) % columns * CROP, int(c) // columns * CROP, CROP, CROP) for c in picked]
-    names = rng.choice(len(COLOURS) * len(SHAPES), size=count, replace=False)
-    items = []
-    numbers = _numbers(rng, count)
+        picked = rng.choice(columns * rows, size=count, replace=False).tolist()
+        cells = [(c % columns * CROP, c // columns * CROP, CROP, CROP) for c in picked]
+    names = rng.choice(len(COLOURS) * len(SHAPES), size=count, replace=False).tolist()
+    items, numbers = [], _numbers(rng, count)
     for (cell_x, cell_y, cell_w, cell_h), name, number in zip(cells, names, numbers, strict=True):
         side = int(rng.integers(28, 31)) if cell_w < CROP else int(rng.integers(36, 55))
         x = cell_x + int(rng.integers(0, cell_w - side + 1))
         y = cell_y + int(rng.integers(0, cell_h - side + 1))
         if across_seams and cell_w == CROP:  # aside; neighbours may overlap a little, labels do not
             x = min(x + int(rng.integers(0, CROP // 2)), columns * CROP - side)
-        shape = SHAPES[int(name) // len(COLOURS)]
-        colour = list(COLOURS)[int(name) % len(COLOURS)]
+        shape, colour = SHAPES[name // len(COLOURS)], list(COLOURS)[name % len(COLOURS)]
         middle = 0.66 if shape == "triangle" else 0.5  # a triangle's room for print is below
         print_at = (x + (side - NUMBER_SIZE[0]) // 2, y + int(middle * side) - NUMBER_SIZE[1] // 2)
         items.append(Item(shape, colour, "", number, (x, y, x + side, y + side), print_at))
@@ -228,7 +219,9 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
             canvas[y0:y1, x0:x1] = 252 if index % 2 else 205
             canvas[y1 - 1, x0:x1] = 110
         else:
-            canvas[y0:y1, x0:x1][_silhouette(item.role, y1 - y0, x1 - x0)] = tint(item.colour)
+            v, u = np.ogrid[0:y1 - y0, 0:x1 - x0]
+            u, v = (u + 0.5) / (x1 - x0) * 2 - 1, (v + 0.5) / (y1 - y0) * 2 - 1
+            canvas[y0:y1, x0:x1][silhouette(item.role, u, v)] = tint(item.colour)
             x, y = item.print_at
             canvas[y - 2:y + 9, x - 2:x + 13] = 255  # a white plate: the same contrast everywhere
         _print(canvas, item.print_at, str(item.number))
@@ -238,17 +231,10 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(canvas)
 
 
-def _silhouette(role: str, height: int, width: int) -> np.ndarray:
-    """Mask [height, width] of the pixels that a bar or a shape covers in its box."""
-    y, x = np.mgrid[0:height, 0:width]
-    y, x = (y + 0.5) / height * 2 - 1, (x + 0.5) / width * 2 - 1  # -1 .. 1 over the box
-    if role == "circle":
-        return x * x + y * y <= 1
-    if role == "diamond":
-        return abs(x) + abs(y) <= 1
-    if role == "triangle":
-        return abs(x) <= (y + 1) / 2
-    return np.ones((height, width), dtype=bool)
+def silhouette(role: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Which points of its box, u to the right and v down from -1 to 1, a bar or a shape covers."""
+    return {"circle": u * u + v * v <= 1, "diamond": abs(u) + abs(v) <= 1,
+            "triangle": abs(u) <= (v + 1) / 2}.get(role, (abs(u) <= 1) & (abs(v) <= 1))
 
 
 def _print(canvas: np.ndarray, at: tuple[int, int], text: str) -> None:
@@ -265,18 +251,13 @@ def caption(scene: Scene, rng: np.random.Generator, readable: bool) -> str:
     """Stage I: what the global view shows; numbers and letters only if they are `readable` there,
     as in small pictures."""
     count = COUNTS[len(scene.items)]
-    if scene.kind == "chart":
-        text = f"a chart with {count} bars, the tallest is {scene.accent}"
-    elif scene.kind == "table":
-        text = f"a table with {count} rows, the header is {scene.accent}"
-    else:
-        text = f"a picture with {count} shape{'s' if len(scene.items) > 1 else ''}"
-    items = [scene.items[i] for i in rng.permutation(len(scene.items))]
+    text = {"chart": f"a chart with {count} bars, the tallest is {scene.accent}",
+            "table": f"a table with {count} rows, the header is {scene.accent}",
+            "shapes": f"a picture with {count} shape{'s' * (count != 'one')}"}[scene.kind]
     if readable:
-        return f"{text}: " + ", ".join(f"{item.name} {item.number}" for item in items) + "."
-    if scene.kind == "table":
-        return f"{text}."
-    return f"{text}: " + ", ".join(item.name for item in items) + "."
+        return f"{text}: {description(scene, rng)}"
+    names = [scene.items[i].name for i in rng.permutation(len(scene.items))]
+    return f"{text}." if scene.kind == "table" else f"{text}: {', '.join(names)}."
 
 
 def description(scene: Scene, rng: np.random.Generator) -> str:

@@ -16,6 +16,7 @@ model, C vocabulary, B documents of T positions, W words in the sum at one posit
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,9 +58,9 @@ def dense_labels(scene: Scene, x0: float, y0: float, scale: float,
     centre = (np.arange(SIDE) + 0.5) * PATCH           # of each patch; x and y are the picture's
     x = np.broadcast_to((centre - x0) / scale, (SIDE, SIDE))
     y = np.broadcast_to(((centre - y0) / scale)[:, None], (SIDE, SIDE))
-    labels = {head: np.zeros((SIDE, SIDE), dtype=np.int64)
+    labels = {head: np.zeros((SIDE, SIDE), np.int64)
               for head in ("colour", "role", "letter", "tens", "ones")}
-    labels["glyph"] = np.zeros((2 * SIDE, 2 * SIDE), dtype=np.int64)
+    labels["glyph"] = np.zeros((2 * SIDE, 2 * SIDE), np.int64)
     if scene.kind == "table":
         header = (y >= 3) & (y < scene.items[0].box[1]) & (x >= 3) & (x < scene.size[0] - 3)
         labels["role"][header] = ROLES.index("header")
@@ -74,14 +75,16 @@ def dense_labels(scene: Scene, x0: float, y0: float, scale: float,
             labels["ones"][near_print] = 1 + item.number % 10
             labels["letter"][near_print] = CLASSES["letter"].index(item.letter)
             (left, top), (tens, ones) = item.print_at, str(item.number)
-            printed = [((left, top), tens), ((left + 6, top), ones)]
-            for (gx, gy), glyph in printed + [(item.letter_at, item.letter)] * bool(item.letter):
-                column, row = int((gx + 2.5 + x0) // 4), int((gy + 3.5 + y0) // 4)
+            printed = [(left, top, tens), (left + 6, top, ones)]
+            if item.letter:
+                printed.append((*item.letter_at, item.letter))
+            for at_x, at_y, glyph in printed:
+                column, row = int((at_x + 2.5 + x0) // 4), int((at_y + 3.5 + y0) // 4)
                 if 0 <= column < 2 * SIDE and 0 <= row < 2 * SIDE:
                     labels["glyph"][row, column] = GLYPH_CLASSES.index(glyph)
-    summary = {"kind": scene.kind, "count": len(scene.items), "accent": scene.accent}
-    for head, value in summary.items():
-        asked = whole & (labels["role"] == 0)
+    asked = whole & (labels["role"] == 0)
+    for head, value in (("kind", scene.kind), ("count", len(scene.items)),
+                        ("accent", scene.accent)):
         labels[head] = np.where(asked, CLASSES[head].index(value), -100)
     return {head: grid.reshape(-1) for head, grid in labels.items()}
 
@@ -91,16 +94,14 @@ def covered(item: pictures.Item, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     left, top, right, bottom = item.box
     inside = (x >= left) & (x < right) & (y >= top) & (y < bottom)
     u, v = (x - left) / (right - left) * 2 - 1, (y - top) / (bottom - top) * 2 - 1
-    return inside & {"circle": u * u + v * v <= 1, "diamond": abs(u) + abs(v) <= 1,
-                     "triangle": abs(u) <= (v + 1) / 2}.get(item.role, True)
+    return inside & pictures.silhouette(item.role, u, v)
 
 
 def printed_here(item: pictures.Item, x: np.ndarray, y: np.ndarray, scale: float) -> np.ndarray:
     """Which patches show an item's number: the nearest one and, at full size, its neighbours."""
-    middle = [at + size / 2 for at, size in zip(item.print_at, pictures.NUMBER_SIZE, strict=True)]
-    x, y = abs(x - middle[0]), abs(y - middle[1])
-    nearest = (x * scale <= PATCH / 2) & (y * scale <= PATCH / 2)
-    return nearest | ((x <= 8) & (y <= 6)) if scale == 1 else nearest
+    middle_x, middle_y = np.add(item.print_at, np.divide(pictures.NUMBER_SIZE, 2))
+    wide, high = (8, 6) if scale == 1 else (PATCH / 2, PATCH / 2)
+    return (abs(x - middle_x) * scale <= wide) & (abs(y - middle_y) * scale <= high)
 
 
 def tower_batch(rng: np.random.Generator, scenes: int,
@@ -135,7 +136,7 @@ def balanced_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return sum(loss[part].mean() for part in (labels > 0, labels == 0) if part.any())
 
 
-def pretrain_vision(steps: int, seed: int, learning_rate: float = 2e-3) -> VisionTower:
+def pretrain_vision(steps: int, seed: int) -> VisionTower:
     """Trains the tiny vision tower on dense labels; prints held-out accuracy per head."""
     torch.manual_seed(seed)
     config = CLIPVisionConfig(image_size=CROP, patch_size=PATCH, conv_stem=True, hidden_size=128,
@@ -147,8 +148,6 @@ def pretrain_vision(steps: int, seed: int, learning_rate: float = 2e-3) -> Visio
     heads = nn.ModuleDict({head: nn.Linear(128, len(names)) for head, names in CLASSES.items()})
     glyph_head = nn.Linear(64, len(GLYPH_CLASSES))
     parameters = [*tower.parameters(), *heads.parameters(), *glyph_head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.08)
 
     def guesses(views: Tensor) -> dict[str, Tensor]:
         """Logits of every head, [V, L, its classes]."""
@@ -158,31 +157,39 @@ def pretrain_vision(steps: int, seed: int, learning_rate: float = 2e-3) -> Visio
         logits = {head: linear(features) for head, linear in heads.items()}
         return logits | {"glyph": glyph_head(fine)}
 
-    start = time.time()
-    for step in range(steps):
+    def loss_of(step: int) -> Tensor:
         views, labels = tower_batch(generator("pretraining", 0, seed, step), scenes=9, small=11)
-        loss = sum(balanced_loss(logits, labels[head]) for head, logits in guesses(views).items())
-        update(loss, parameters, optimizer, schedule)
-        if step % 100 == 0 or step == steps - 1:
-            views, labels = tower_batch(generator("pretraining", 1, seed), scenes=40, small=40)
-            with torch.no_grad():
-                right = {head: (logits.argmax(-1) == labels[head])[labels[head] > 0]
-                         for head, logits in guesses(views).items()}
-            print(f"vision step {step:5d}  loss {loss.item():.3f}  {time.time() - start:.0f} s  "
-                  + listed({head: hit.float().mean() for head, hit in right.items()}), flush=True)
+        return sum(balanced_loss(logits, labels[head]) for head, logits in guesses(views).items())
+
+    def accuracy() -> dict[str, float]:
+        views, labels = tower_batch(generator("pretraining", 1, seed), scenes=40, small=40)
+        right = {head: (logits.argmax(-1) == labels[head])[labels[head] > 0]
+                 for head, logits in guesses(views).items()}
+        return {head: hit.float().mean() for head, hit in right.items()}
+
+    fit("vision", steps, 2e-3, (0.9, 0.99), parameters, loss_of, accuracy)
     return tower.requires_grad_(False)
 
 
-def update(loss: Tensor, parameters: list[nn.Parameter], optimizer, schedule) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    schedule.step()
-
-
-def listed(scores: dict) -> str:
-    return "  ".join(f"{name} {score:.3f}" for name, score in scores.items())
+def fit(name: str, steps: int, learning_rate: float, betas: tuple[float, float],
+        parameters: list[nn.Parameter], loss_of: Callable[[int], Tensor],
+        scores: Callable[[], dict[str, float]]) -> None:
+    """Lowers `loss_of(step)` for some steps, and prints held-out scores on the way."""
+    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=betas, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.08)
+    start = time.time()
+    for step in range(steps):
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            with torch.no_grad():
+                listed = "  ".join(f"{what} {score:.3f}" for what, score in scores().items())
+            print(f"{name} step {step:5d}  loss {loss.item():.3f}  {time.time() - start:.0f} s  "
+                  f"{listed}", flush=True)
 
 
 # ------------------------------------------------------------------------------- the language model
@@ -356,8 +363,8 @@ def lm_batch(rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, count
         steps[row, is_slot] = rng.integers(1, longest, size=int(is_slot.sum()))
     arrays = {"words": words, "weights": weights, "targets": targets, "slot": slot,
               "positions": steps.cumsum(1) - 1}
-    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return batch | {"documents": documents}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()} | {
+        "documents": documents}
 
 
 def read(llm: LlamaForCausalLM, batch: dict, noise: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -439,27 +446,20 @@ def alignment(batch: dict, vectors: Tensor) -> Tensor:
     return torch.stack(terms).mean()
 
 
-def pretrain_llm(steps: int, seed: int, learning_rate: float = 3e-3
-                 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def pretrain_llm(steps: int, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Trains the tiny language model on documents; prints how often it answers exactly."""
     torch.manual_seed(seed)
     tokenizer = train_tokenizer()
     llm = new_llm(tokenizer)
-    parameters = list(llm.parameters())
-    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.08)
-    start = time.time()
-    for step in range(steps):
+
+    def loss_of(step: int) -> Tensor:
         small = max(0.3, 1 - 2.5 * step / steps)  # few facts first
-        rng = generator("pretraining", 3, seed, step)
-        batch = lm_batch(rng, tokenizer, count=32, small=small)
+        batch = lm_batch(generator("pretraining", 3, seed, step), tokenizer, 32, small)
         loss, _, vectors = read(llm, batch, noise=float(torch.rand(())))
-        contrast = alignment(batch, vectors)
-        update(loss + 0.3 * contrast, parameters, optimizer, schedule)
-        if step % 100 == 0 or step == steps - 1:
-            print(f"llm step {step:5d}  loss {loss.item():.3f}  contrast {contrast.item():.3f}  "
-                  f"{time.time() - start:.0f} s  exact: "
-                  + listed(lookup_accuracy(llm, tokenizer, seed)), flush=True)
+        return loss + 0.3 * alignment(batch, vectors)
+
+    fit("llm", steps, 3e-3, (0.9, 0.98), list(llm.parameters()), loss_of,
+        lambda: lookup_accuracy(llm, tokenizer, seed))
     return llm, tokenizer
 
 
@@ -477,8 +477,7 @@ def lookup_accuracy(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
         for start, end in document.answers:
             target = batch["targets"][row, start:end]
             kind = "numbers" if tokenizer.decode(target[0]).strip().isdigit() else "words"
-            right = predicted[row, start - 1:end - 1] == target
-            hits[f"{source} {kind}"].append(bool(right.all()))
+            hits[f"{source} {kind}"].append(torch.equal(predicted[row, start - 1:end - 1], target))
     return {name: float(np.mean(values)) for name, values in hits.items()}
 
 

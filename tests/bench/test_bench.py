@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -9,8 +10,12 @@ from functools import partial
 import pytest
 import torch
 
-from sliming.bench import attention, busy, data, inference, router, run, timing, training
+from sliming.bench import attention, busy, data, inference, laptop, router, run, timing, training
+from sliming.bench.gpu import gpu, run_parts
+from sliming.bench.memory import estimate
+from sliming.config import TrainConfig
 from sliming.qformer import QueryFormer
+from sliming.trainer import one_step, set_up
 
 CPU = torch.device("cpu")
 
@@ -95,6 +100,22 @@ def test_small_subjects_print_their_tables(model, tmp_path, capsys, monkeypatch)
     assert views[:7] == [real, real, 20 - real, real, real, 20 - real, real]
 
 
+def test_rows_of_the_laptop(capsys, monkeypatch, tmp_path):
+    laptop.resizing(CPU, tmp_path, sizes=((1500, 900),), repeats=1)
+    laptop.features(CPU, tmp_path, steps=1)
+    laptop.answers(CPU, tmp_path, questions=4)
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: ran.append(words[1:3]))
+    laptop.starting(CPU, tmp_path, repeats=1)
+    assert ran == [["train.py", "--help"], ["sample.py", "--help"], ["sample.py", "--checkpoint"]]
+    rows = capsys.readouterr().out.splitlines()
+    for begin, numbers in (("1500 x 900, decoded", 9), ("1500 x 900, JPEG", 9), ("stage 2", 3),
+                           ("one question a picture", 3), ("all questions of a picture", 3),
+                           ("sample.py, one question", 1)):
+        row = next(row for row in rows if row.startswith(begin))
+        assert len([float(cell) for cell in row.removeprefix(begin).split()]) == numbers
+
+
 def test_two_trainings_have_the_setting_that_their_row_names(tmp_path, capsys, monkeypatch):
     def submit(_, folder, steps):
         seen.append((os.environ.get("GOMP_SPINCOUNT"), steps))
@@ -135,32 +156,28 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys, monkeypatch):
 
 def test_memory_on_paper_is_what_a_run_holds(tmp_path):
     """Weights, gradients and moments of the tiny preset's stages, to the byte."""
-    from sliming.bench.memory import estimate
-    from sliming.config import TrainConfig
-    from sliming.trainer import one_step, set_up
     start = None
     for stage in (1, 3):
         config = TrainConfig(out=str(tmp_path), max_steps=1, batch_size=2, init_from=start,
                              bf16=True)
-        run = set_up(config, stage, torch.device("cpu"))
-        parts = estimate(run.model, run.recipe, stage, 1)
-        one_step(run, next(run.shares), 0, 0.0)
-        run.optimizer.step()
-        weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
+        begun = set_up(config, stage, CPU)
+        parts = estimate(begun.model, begun.recipe, stage, 1)
+        one_step(begun, next(begun.shares), 0, 0.0)
+        begun.optimizer.step()
+        weights = sum(p.numel() * p.element_size() for p in begun.model.parameters())
         # Adapter and compression stay in float32, whatever is trained: a few MB at any size.
-        frozen = [p for part in ("adapter", "compression")
-                  for p in getattr(run.model, part).parameters() if not p.requires_grad]
-        assert weights - 2 * sum(p.numel() for p in frozen) == parts["weights"]
-        assert sum(4 * p.numel() for p in run.trained) == parts["gradients"]
-        moments = [m for state in run.optimizer.state.values()
-                   for name, m in state.items() if "exp" in name]
-        assert sum(m.numel() * 4 for m in moments) == parts["moments"]
-        run.model.save_pretrained(tmp_path / "start")
+        frozen = sum(p.numel() for part in (begun.model.adapter, begun.model.compression)
+                     for p in part.parameters() if not p.requires_grad)
+        assert weights - 2 * frozen == parts["weights"]
+        assert sum(4 * p.numel() for p in begun.trained) == parts["gradients"]
+        moments = sum(m.numel() * 4 for state in begun.optimizer.state.values()
+                      for name, m in state.items() if "exp" in name)
+        assert moments == parts["moments"]
         start = str(tmp_path / "start")
+        begun.model.save_pretrained(start)
 
 
 def test_parts_end_in_time_and_leave_their_output(tmp_path, capsys):
-    from sliming.bench.gpu import gpu, run_parts
     code = {"good": (20, "print('a row')"), "bad": (20, "1 / 0"), "long": (1, "while True: pass")}
     parts = {name: (limit, [sys.executable, "-c", text]) for name, (limit, text) in code.items()}
     run_parts(tmp_path, parts, "no device")
@@ -169,4 +186,4 @@ def test_parts_end_in_time_and_leave_their_output(tmp_path, capsys):
     assert ends == {"good": "done", "bad": "exit 1", "long": "stopped after 1 s"}
     assert (tmp_path / "good.txt").read_text() == "a row\n" and "long" in capsys.readouterr().out
     with pytest.raises(ValueError, match="needs a CUDA device"):
-        gpu(torch.device("cpu"), tmp_path)
+        gpu(CPU, tmp_path)

@@ -1,15 +1,14 @@
-"""The stand-ins can do what they are for, and packed attention is exact."""
+"""The stand-ins can do what they are for."""
 
 import re
 from dataclasses import replace
 
-import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from sliming.backbones import TINY, Segments, packed_attention
+from sliming.backbones import TINY
 from sliming.config import PRESETS
 from sliming.model import SliME
 from sliming.tiny import pretrain
@@ -68,49 +67,11 @@ def test_the_stand_ins_can_be_made_again(tmp_path, monkeypatch, capsys):
     pretrain.pretrain(tmp_path, seed=0)
     assert re.findall("(vision|llm) step +1 ", capsys.readouterr().out) == ["vision", "llm"]
     for name in ("vision", "llm"):
-        made, shipped = (load_file(folder / name / "model.safetensors")
+        made, shipped = ({key: tensor.shape for key, tensor in
+                          load_file(folder / name / "model.safetensors").items()}
                          for folder in (tmp_path, TINY))
-        assert {key: t.shape for key, t in made.items()} == {key: t.shape
-                                                             for key, t in shipped.items()}
+        assert made == shipped
     config = replace(PRESETS["tiny"].model, vision=str(tmp_path / "vision"))
     tower = SliME.from_backbones(config).vision
     assert tower(torch.zeros(1, 3, 64, 64)).isfinite().all()
     AutoTokenizer.from_pretrained(tmp_path / "llm")
-
-
-@pytest.mark.parametrize("segments", [[5], [1, 7, 3], [64, 1, 1, 130]])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_packed_attention_is_a_block_of_causal_attentions(segments, kv_heads):
-    """Against softmax with a block-diagonal causal mask; forward and every gradient, float64."""
-    torch.manual_seed(0)
-    total = sum(segments)
-    q, k, v = (torch.randn(1, heads, total, 8, dtype=torch.float64, requires_grad=True)
-               for heads in (4, kv_heads, kv_heads))
-    out, _ = packed_attention(None, q, k, v, None, scaling=0.3, segments=Segments(segments, "cpu"))
-    sample = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(segments))
-    mask = (sample[:, None] == sample) & torch.ones(total, total, dtype=torch.bool).tril()
-    repeated = [t.repeat_interleave(4 // kv_heads, dim=1) for t in (k, v)]
-    scores = (q @ repeated[0].mT * 0.3).masked_fill(~mask, -torch.inf)
-    expected = (scores.softmax(-1) @ repeated[1]).transpose(1, 2)
-    torch.testing.assert_close(out, expected)
-    weight = torch.randn_like(out)
-    grads = (torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (out, expected))
-    torch.testing.assert_close(*grads)
-
-
-@pytest.mark.parametrize("cached, new", [(0, 4), (6, 1), (6, 3)])
-def test_attention_continues_a_cache(cached, new):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, length, 8) for length in (new, cached + new, cached + new))
-    out, _ = packed_attention(None, q, k, v, None, scaling=1.0)
-    mask = torch.ones(new, cached + new, dtype=torch.bool).tril(cached)
-    scores = (q @ k.mT).masked_fill(~mask, -torch.inf)
-    torch.testing.assert_close(out, (scores.softmax(-1) @ v).transpose(1, 2), atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("mask, options",
-                         [(None, {"sliding_window": 2}), (torch.ones(1, 1, 3, 3), {})])
-def test_packed_attention_refuses_masks_it_would_ignore(mask, options):
-    x = torch.randn(1, 2, 3, 8)
-    with pytest.raises(ValueError, match="no sliding window and no other mask"):
-        packed_attention(None, x, x, x, mask, scaling=1.0, **options)
