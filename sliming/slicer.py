@@ -34,17 +34,18 @@ class Slices:
 
 
 @lru_cache(maxsize=4096)  # data sets repeat sizes
-def choose_grid(width: int, height: int, **rule) -> tuple[int, int]:
-    """The (columns, rows) of crops for an image of `width` x `height` pixels, of all those that
-    `weigh_grids`, which says what `rule` may hold, weighs."""
-    weighed = weigh_grids(width, height, **rule)
+def choose_grid(width: int, height: int, *, rule: str = "paper", crop_size: int = 336,
+                max_side: int = 6, max_crops: int | None = None) -> tuple[int, int]:
+    """The (columns, rows) of crops for an image of `width` x `height` pixels: of the grids that
+    `weigh_grids` lists, the one that utilises most and, of equals, wastes least."""
+    weighed = weigh_grids(width, height, rule, crop_size, max_side, max_crops)
     # max keeps the first of equals, which the official rule relies on: a square takes the taller
     # canvas. The paper's grids never tie: of two equals, the fewer columns by the fewer rows waste
     # less.
     return max(weighed, key=lambda grid: (weighed[grid][0], -weighed[grid][1]))
 
 
-def weigh_grids(width: int, height: int, *, rule: str = "paper", crop_size: int = 336,
+def weigh_grids(width: int, height: int, rule: str = "paper", crop_size: int = 336,
                 max_side: int = 6, max_crops: int | None = None) -> dict[tuple, tuple[int, int]]:
     """Every grid (columns, rows) that the rule may choose, with its (utilised, wasted) pixels.
 
