@@ -1,8 +1,8 @@
 """What the model looked at for its questions, as one HTML file that moves (Fig. 2).
 
-The model is asked once, here, for all that the page may show; page.html gets it as JSON and does
-the rest in the browser. The router's choice follows gamma there: its scores and the weights that it
-adds up travel bit for bit, so that the same rule keeps the same tokens.
+The model is asked once, here, for all that the page may show; page.html gets it as JSON and page.js
+does the rest in the browser. The router's choice follows gamma there: its scores and the weights
+that it adds up travel bit for bit, so that the same rule keeps the same tokens.
 
 Legend: M local tokens of one image in raster order, L tokens of its global view, S crop size, Q
 tokens of the question, D channels of the LLM.
@@ -60,8 +60,9 @@ def page(model: nn.Module, talks: list[Conversation]) -> str:
     }
     # No "<" of a question, an answer or a file's name can end the script that the JSON lies in.
     data = json.dumps(shown).replace("<", "\\u003c")
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return template.replace('"@shown@"', data)
+    template, script = (Path(__file__).with_name(name).read_text(encoding="utf-8")
+                        for name in ("page.html", "page.js"))
+    return template.replace("@script@", script).replace('"@shown@"', data)
 
 
 def picture(model: nn.Module, source: ImageSource, slices: Slices) -> dict:

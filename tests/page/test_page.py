@@ -130,8 +130,9 @@ def test_text_stays_text(model, picture, tmp_path):
     assert [turn[0] for turn in shown["questions"][0]["turns"]] == [EVIL, EVIL]
     assert shown["questions"][1]["words"] == []  # nothing asked, nothing dropped
     assert len({row["kept"] for row in shown["questions"][1]["answers"]}) == 1
-    template = Path(sliming.page.page.__file__).with_name("page.html").read_text()
-    assert not re.search(r"(src|href)=|https?:|url\(|@import|innerHTML", template)
+    for name in ("page.html", "page.js"):
+        template = Path(sliming.page.page.__file__).with_name(name).read_text(encoding="utf-8")
+        assert not re.search(r"(src|href)=|https?:|url\(|@import|innerHTML", template)
 
 
 def test_characters_of_several_tokens_stay_whole():
