@@ -226,9 +226,9 @@ def chart(results: dict, bars: list[tuple[str, str]], printed: dict, title: str,
         ARMS[name].about if view == ARMS[name].asked[0] else f"    only {view}"
         for name, view in bars])
     here.invert_yaxis()
-    here.set(xlabel="exact match in %, 95 % intervals", title=title)
+    here.set(xlabel="exact match in %, 95 % intervals", title=title, xlim=(0, 100))
     here.legend()
-    paper.set(xlabel="ScienceQA (blue), TextVQA (orange)", title="as the paper prints")
+    paper.set(xlabel="ScienceQA, TextVQA (orange)", title="as the paper prints")
     for axes in (here, paper):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -253,7 +253,7 @@ def frontier(results: dict, path: Path) -> None:
                           yerr=[100 * (half or 0) for _, half in pairs], fmt="o-", capsize=2,
                           label=label)
     axes.set(xlabel="visual tokens per image", ylabel="exact match in %, global and detail",
-             xscale="log")
+             xscale="log", ylim=(0, 100))
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
@@ -282,7 +282,8 @@ def schedules(results: dict, path: Path) -> None:
         panel.errorbar([share for share, _ in found], [100 * pair[0] for _, pair in found],
                        yerr=[100 * (pair[1] or 0) for _, pair in found], capsize=2, fmt="o-",
                        label=ARMS[name].about)
-    panel.set(xlabel="detail questions in stage III, %", ylabel="detail, exact match in %")
+    panel.set(xlabel="detail questions in stage III, %", ylabel="detail, exact match in %",
+              ylim=(0, 100))
     panel.grid(alpha=0.3)
     panel.legend()
     figure.savefig(path, dpi=120)
