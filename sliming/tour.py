@@ -155,7 +155,7 @@ def main() -> None:
     parser = Parser(prog="python -m sliming.tour", description="One image and one question through "
                     "the model, a step at a time: shapes, and a picture of each step.")
     parser.add_argument("--image", type=Path, help="(default: a held-out picture of the package)")
-    parser.add_argument("--question", default="What number is on the red bar?", help="about it")
+    parser.add_argument("--prompt", default="What number is on the red bar?", help="the question")
     parser.add_argument("--checkpoint", help="folder or hub id (default: the newest in out/, else "
                         "the tiny preset, untrained)")
     parser.add_argument("--out", type=Path, default=Path("tour.png"), help="the picture to draw")
@@ -173,7 +173,7 @@ def main() -> None:
               "Train it with: python train.py\n")
         torch.manual_seed(0)
         model = SliME.from_backbones(PRESETS["tiny"].model).eval()
-    tour(model, arguments.image or render(*held_out_scene("detail", 39)), arguments.question,
+    tour(model, arguments.image or render(*held_out_scene("detail", 39)), arguments.prompt,
          arguments.out)
     print(f"wrote {arguments.out}")
 
