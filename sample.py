@@ -11,6 +11,7 @@ The checkpoint is the newest one in out/ unless --checkpoint names a folder or a
 {"question_id", "prompt", "text"}; answers that are there already are not made again.
 """
 
+# Before all others: an early Ctrl-C says nothing.
 import sliming.quiet  # noqa: F401  # isort: skip
 import argparse
 import gc

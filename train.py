@@ -9,6 +9,7 @@ Each stage starts from the checkpoint of the one before in --out and writes its 
 that was interrupted goes on from its last state when the same command is given again.
 """
 
+# Before all others: an early Ctrl-C says nothing.
 import sliming.quiet  # noqa: F401  # isort: skip
 import shutil
 from contextlib import nullcontext
