@@ -623,9 +623,9 @@ def work_until_told(ready) -> None:
 @posix
 def test_a_worker_that_its_program_ends_has_not_failed():
     """Any other exit code, and torch shows a traceback if another worker is still there."""
-    spawn = multiprocessing.get_context("spawn")
-    ready = spawn.Event()
-    worker = spawn.Process(target=work_until_told, args=(ready,), daemon=True)
+    fork = multiprocessing.get_context("fork")  # as the workers are: with no thread but this one
+    ready = fork.Event()
+    worker = fork.Process(target=work_until_told, args=(ready,), daemon=True)
     worker.start()
     ready.wait(60)
     worker.terminate()
@@ -676,13 +676,19 @@ def test_a_killed_rank_and_an_error_of_all_cost_a_few_lines(tmp_path):
     assert f"exitcode: -9) local_rank: 1 (pid: {children[1]})" in lines[-1]
 
 
+def hear_ctrl_c() -> None:
+    """What runs in the background of a script, these tests perhaps, is deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @posix
 def test_an_early_ctrl_c_ends_in_a_line(tmp_path):
     """While Python still loads modules, some of which turn it into errors of their own."""
     for name in ("train.py", "sample.py"):
         for wait in (0.08, 0.5, 1.2):
             process = subprocess.Popen([sys.executable, str(ROOT / name)], cwd=tmp_path, text=True,
-                                       stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+                                       stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                       preexec_fn=hear_ctrl_c)
             time.sleep(wait)
             process.send_signal(signal.SIGINT)
             error = process.communicate(timeout=60)[1]
@@ -695,7 +701,8 @@ def test_ctrl_c_amid_an_import_is_not_swallowed(tmp_path):
                                         "except BaseException: pass\n")
     code = "from sliming.guard import one_line\nwith one_line('x'): import hungry; print('on')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"})
+                          env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+                          preexec_fn=hear_ctrl_c)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "x: stopped\n")
 
 
