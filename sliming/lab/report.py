@@ -146,7 +146,8 @@ def summary(rows: list[dict], setting: dict) -> dict:
             "difference": {} if arm.against == name else {
                 family: difference(done, name, arm.against, f"{family}/{first}")
                 for family in ("global", "detail", "all")},
-            "tokens": mean("tokens"), "ms_per_step": mean("ms_per_step"),
+            "tokens": mean("tokens"),
+            "ms_per_step": min(row["ms_per_step"] for row in mine.values()),  # other work adds
             "memory_gb": mean("memory_gb"), "curve": mine[seeds[0]]["curve"]}
     claims = []
     for claim in CLAIMS:
@@ -193,7 +194,7 @@ def tables(results: dict) -> str:
     return "\n\n".join((
         markdown(["claim", "paper", "difference in points, 95 %", "verdict"], claims),
         markdown(["arm", "what", "global", "detail", "difference, all (to)", "tokens per image",
-                  "ms per step", "GB", "rate", "seeds"], arms),
+                  "ms per step, at least", "GB", "rate", "seeds"], arms),
         markdown(["asked with", "global: both", "only global", "only local", "detail: both",
                   "only global", "only local"], views)))
 
