@@ -317,8 +317,8 @@ class PackedCache(DynamicCache):
         new = [states[0].transpose(0, 1) for states in (key_states, value_states)]  # [T, Hkv, Dh]
         if self.moves is not None:
             rooms = [states.new_empty(self.rows, *states.shape[1:]) for states in new]
-            for room, old in zip(rooms, self.kept.get(layer_idx, ()), strict=False):
-                for source, target, count in self.moves:
+            for room, old in zip(rooms, self.kept.get(layer_idx, rooms), strict=True):
+                for source, target, count in self.moves:  # none where nothing was kept
                     room[target:target + count] = old[source:source + count]
             self.kept[layer_idx] = rooms
         views = []

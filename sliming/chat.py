@@ -230,7 +230,8 @@ def taken_apart(turns: list[dict],
         raise ValueError("the tokenizer's chat template changes what is said" + INSTEAD)
     for place, turn in enumerate(turns):
         if turn["from"] == "gpt":
-            prompt = render(turns[:place], marks, tokenizer, add_generation_prompt=True)
+            prompt = render(turns[:place], marks[:place], tokenizer,
+                            add_generation_prompt=True)
             if prompt.split() != whole[:whole.index(marks[place].strip())].split():
                 raise ValueError("the prompt of the tokenizer's chat template is not what stands "
                                  "before an answer" + INSTEAD)
@@ -242,7 +243,7 @@ def render(turns: list[dict], said: list[str], tokenizer: PreTrainedTokenizerBas
     """What the chat template, in transformers' sandbox, makes of turns that say `said`."""
     role = {"human": "user", "gpt": "assistant"}
     messages = [{"role": role.get(turn["from"], turn["from"]), "content": text}
-                for turn, text in zip(turns, said, strict=False)]
+                for turn, text in zip(turns, said, strict=True)]
     if not tokenizer.chat_template:
         raise ValueError("this tokenizer has no chat template: use an instruction-tuned language "
                          "model, or a preset with a built-in template")

@@ -15,7 +15,6 @@ what: the order is the same for any number of workers and ranks, and training go
 without replaying the ones before.
 """
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ from sliming.guard import fingerprint, open_file
 from sliming.hub import FORMS, Picture, Shards, as_llava, download, form_of
 from sliming.images import full_size
 from sliming.inputs import Batch, Processor, Sample
-from sliming.records import RecordError, elements, inside, parse
+from sliming.records import RecordError, cached, elements, inside, parse
 from sliming.slicer import Slices
 
 SMALL = 1 << 24  # bytes of a file that is indexed anew each time, in a fraction of a second
@@ -88,9 +87,8 @@ class RecordFile(Sequence):
 
     def places(self) -> list[Path]:
         """Where the index may lie: beside the file, or in the user's cache."""
-        name = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:24]
-        cache = Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))) / "sliming"
-        return [self.path.with_name(self.path.name + ".index.npy"), cache / f"{name}.index.npy"]
+        return [self.path.with_name(self.path.name + ".index.npy"),
+                cached(self.path, "index.npy")]
 
     def keep(self, stamp: np.ndarray) -> None:
         """Writes the index, and maps it into memory from there. Where no place takes it, it stays

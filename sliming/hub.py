@@ -12,22 +12,20 @@ for the first time only.
 """
 
 import fnmatch
-import hashlib
 import json
 import os
 import re
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
 from sliming.chat import IMAGE
-from sliming.guard import fcntl, naming, open_file
-from sliming.records import RecordError, parse
+from sliming.guard import in_turn, naming, open_file
+from sliming.records import RecordError, cached, parse
 
 FORMS = {"conversations": "LLaVA's conversations", "messages": "messages",
          "texts": "texts of user and assistant"}
@@ -60,7 +58,7 @@ def as_llava(record: object) -> object:
         return record
     images, turns = images_of(record), record[form]
     if form != "conversations" and isinstance(turns, list):
-        turns = [new for turn in turns for new in in_turn(turn, form)]
+        turns = [new for turn in turns for new in llava_turns(turn, form)]
         asked = [turn for turn in turns if turn["from"] == "human"]
         if asked and not any(IMAGE in str(turn["value"]) for turn in asked):
             asked[0]["value"] = f"{IMAGE}\n" * len(images) + str(asked[0]["value"])
@@ -73,7 +71,7 @@ def images_of(record: dict) -> list:
     return images if isinstance(images, list) else [] if images is None else [images]
 
 
-def in_turn(said: object, form: str) -> list[dict]:
+def llava_turns(said: object, form: str) -> list[dict]:
     """A message, or a text of user and assistant, as LLaVA's turns."""
     said = said if isinstance(said, dict) else {}
     if form == "texts":
@@ -107,12 +105,11 @@ class ParquetFile(Sequence):
         except OSError as error:
             raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
         stamp = [stat.st_size, stat.st_mtime_ns]
-        name = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:24]
-        cache = Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))) / "sliming"
-        self.rows, self.places = cache / f"{name}.rows", cache / f"{name}.rows.npy"
+        self.rows, self.places = cached(self.path, "rows"), cached(self.path, "rows.npy")
         index = self.opened(stamp)
         if index is None:
-            with alone(cache / "rows.lock"):  # of several ranks one writes it
+            self.rows.parent.mkdir(parents=True, exist_ok=True)
+            with in_turn(self.rows.with_name("rows.lock")):  # of several ranks one writes it
                 index = self.opened(stamp)
                 if index is None:
                     self.unpack(stamp)
@@ -242,16 +239,6 @@ def layout(row: dict, name: str) -> tuple[bytes, list[bytes]]:
               "image": [len(image) if isinstance(image, bytes) else str(image) for image in images]}
     return (json.dumps(record, default=str) + "\n").encode(), [
         image for image in images if isinstance(image, bytes)]
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Waits until no other process holds the lock."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
-        if fcntl:
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-        yield
 
 
 # --------------------------------------------------------------------------------- datasets by name

@@ -4,10 +4,11 @@ Whatever cannot be used raises RecordError: one line that names the file, the pl
 Nothing here keeps a whole file in memory.
 """
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import TextIOWrapper
 from itertools import count
 from pathlib import Path
@@ -167,13 +168,21 @@ def parse(line: bytes | str, path: Path, number: int) -> object:
         raise RecordError(f"{path}, line {number}: broken JSON ({reason})") from error
 
 
-def lines(path: Path) -> Iterator[tuple[int, object]]:
-    """Number and value of every line of a JSONL file that is not blank. RecordError."""
+def cached(path: Path, kind: str) -> Path:
+    """Where the user's cache keeps what is made of a file; `kind` ends its name."""
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))) / "sliming"
+    return cache / f"{name}.{kind}"
+
+
+def lines(path: Path, read: Callable = parse) -> Iterator[tuple[int, object]]:
+    """Number and value, as `read` takes it, of every line of a JSONL file that is not blank.
+    RecordError."""
     try:
         with open_file(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield number, parse(line, path, number)
+                    yield number, read(line, path, number)
     except OSError as error:
         raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
 

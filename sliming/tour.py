@@ -125,7 +125,7 @@ def draw(slices, shade: dict[str, Tensor], kinds: list[str], first: dict[str, fl
                 ("4  compression: local tokens", shade["local"], {}),
                 ("5  router: relevance, dropped ones pale", shade["scores"],
                  {"alpha": shade["kept"].numpy() * 0.7 + 0.3})]
-    for panel, (name, picture, options) in zip(panels.flat, pictures, strict=False):
+    for panel, (name, picture, options) in zip(panels.flat[:6], pictures, strict=True):
         panel.imshow(np.asarray(picture), **options)
         panel.set(title=name, xticks=[], yticks=[])
     for x in range(1, columns):

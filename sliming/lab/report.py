@@ -221,8 +221,9 @@ def chart(results: dict, bars: list[tuple[str, str]], printed: dict, title: str,
             mean, half = results["arms"][name]["scores"][f"{family}/{view}"]
             here.errorbar(100 * mean, place + shift, xerr=100 * (half or 0), fmt="o", markersize=4,
                           color=COLOURS[family], label=family if place == 0 else None)
-        for value, family in zip(printed.get((name, view), ()), COLOURS, strict=False):
-            paper.plot(value, place, "s", color=COLOURS[family], markersize=5)
+        for value, colour in zip(printed.get((name, view), (np.nan, np.nan)), COLOURS.values(),
+                                 strict=True):  # NaN is not drawn
+            paper.plot(value, place, "s", color=colour, markersize=5)
     here.set_yticks(range(len(bars)), [
         ARMS[name].about if view == ARMS[name].asked[0] else f"    only {view}"
         for name, view in bars])
@@ -268,7 +269,7 @@ def schedules(results: dict, path: Path) -> None:
     shown = [name for name in ("default", "joined", "e2e") if name in results["arms"]]
     figure, axes = plt.subplots(1, len(shown) + 1, figsize=(4 * len(shown) + 4, 3.6),
                                 constrained_layout=True, squeeze=False)
-    for panel, name in zip(axes[0], shown, strict=False):
+    for panel, name in zip(axes[0, :-1], shown, strict=True):
         curve = results["arms"][name]["curve"]
         for view in ("both", "global", "local"):
             panel.plot([row["step"] for row in curve], [row[view] for row in curve], label=view)

@@ -17,7 +17,7 @@ from sliming.chat import DETAIL_PROMPTS, OPTION_LETTER, SINGLE_WORD
 from sliming.evaluation import formats
 from sliming.evaluation.formats import LETTERS, place_of, texts
 from sliming.guard import open_file, read_text
-from sliming.records import RecordError, elements, inside, parse
+from sliming.records import RecordError, elements, inside, lines, parse
 from sliming.smr.candidates import Candidate, Drop, Selection
 
 Found = Iterator[Candidate | Drop]
@@ -40,13 +40,7 @@ def guarded(name: str, make: Callable[..., Candidate], *arguments: object) -> Ca
 
 def rows(path: Path) -> Iterator[tuple[int, object]]:
     """Line number and value of a JSONL file; a broken line's value is its RecordError."""
-    try:
-        with open_file(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, parsed(line, path, number)
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
+    return lines(path, parsed)
 
 
 def load(path: Path) -> object:
