@@ -88,7 +88,7 @@ def slice_image(image: ImageSource, *, rule: str = "paper", global_view: str = "
                 parts: str = "both", resize: str = "pillow") -> Slices:
     """Cuts an image (anything `open_image` takes) into its global view and its local crops.
 
-    `rule`, `crop_size`, `max_side` and `max_crops` choose the grid as in `choose_grid`. The local
+    `rule`, `crop_size`, `max_side` and `max_crops` choose the grid, see `weigh_grids`. The local
     canvas keeps the aspect ratio and is black around the image, as in the released code. The global
     view is the whole image in S x S: "pad" likewise (the paper pads and resizes, and names no
     colour), "squash" without its aspect ratio, as in the released code. `parts` "global" or "local"
