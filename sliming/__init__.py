@@ -20,7 +20,7 @@ __all__ = list(_HOMES)
 # the cores to itself, but of two at once each spins while the thread that it waits for has no core:
 # they took fifteen times as long. So it spins for a fraction of a millisecond, then sleeps.
 if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
-    os.environ["GOMP_SPINCOUNT"] = "10000"
+    os.environ["GOMP_SPINCOUNT"] = "4000"
 if (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:  # torchrun itself says 1 thread
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
 

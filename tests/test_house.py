@@ -95,11 +95,11 @@ def test_threads_wait_as_they_are_told_and_else_briefly():
             "('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY', 'OMP_NUM_THREADS')))")
     base = {name: value for name, value in os.environ.items()
             if "OMP_" not in name and name != "LOCAL_WORLD_SIZE"}
-    for given, expected in (({}, "10000 None None"),
+    for given, expected in (({}, "4000 None None"),
                             ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE None"),
                             ({"GOMP_SPINCOUNT": "7"}, "7 None None"),
-                            ({"LOCAL_WORLD_SIZE": str(os.cpu_count())}, "10000 None 1"),
-                            ({"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "3"}, "10000 None 3")):
+                            ({"LOCAL_WORLD_SIZE": str(os.cpu_count())}, "4000 None 1"),
+                            ({"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "3"}, "4000 None 3")):
         done = subprocess.run([sys.executable, "-c", code], env=base | given, cwd=ROOT,
                               capture_output=True, text=True)
         assert done.stdout.strip() == expected, done.stderr
