@@ -145,8 +145,7 @@ def set_up(config: TrainConfig, stage: int, device: torch.device, kind: type[Sli
 
     out = Path(config.out) / f"stage{stage}"
     out.mkdir(parents=True, exist_ok=True)
-    fused = device.type == "cuda" or recipe.shard == "offload" or None
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     settings = {**asdict(config), **getattr(records, "fingerprints", {}),
                 "first weights": files.weights_key(found.folder, found.config.vision,
                                                   config.init_from)}
