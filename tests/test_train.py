@@ -16,6 +16,7 @@ import train
 from sliming.checkpoints import released
 from sliming.config import PRESETS, STAGES, TrainConfig
 from sliming.model import SliME
+from sliming.tiny.held_out import ASKED
 from sliming.trainer import learning_rate_scale, train_stage
 
 CPU = torch.device("cpu")
@@ -44,8 +45,7 @@ def test_each_stage_leaves_all_its_files_and_says_where_it_starts(short_run):
         assert {"config.json", "model.safetensors", "tokenizer.json", "train_config.json",
                 "metrics.jsonl", "loss.png", "eval.json"} <= names
         results = json.loads((out / f"stage{stage}" / "eval.json").read_text())
-        assert {"global", "detail", "detail_without_local", "detail_gamma_1", "detail_gamma_025",
-                "detail_random_025"} <= set(results)
+        assert tuple(results) == ASKED[stage]
         assert all(0 <= row["accuracy"] <= 1 and row["n"] == 4 for row in results.values())
         with Image.open(out / f"stage{stage}" / "loss.png") as plot:
             assert plot.width > 600

@@ -51,11 +51,19 @@ SETTINGS = {
 }
 
 
+# What each stage can answer: after stage I the global view alone is trained. The router's share is
+# asked when all is.
+ASKED = {1: ("global", "detail"), 2: ("global", "detail", "detail_without_local"),
+         3: tuple(SETTINGS)}
+
+
 @torch.no_grad()
 def held_out_accuracy(model: SliME, questions: int, parts: str = "both",
                       across_seams: bool = False, batch_size: int = 32, rank: int = 0,
-                      world: int = 1, folder: Path | None = None) -> dict[str, dict]:
-    """`questions` of each family in every setting: {name: {accuracy, n, local_tokens}}.
+                      world: int = 1, folder: Path | None = None,
+                      names: tuple[str, ...] = tuple(SETTINGS)) -> dict[str, dict]:
+    """`questions` of each family in the settings of some `names`:
+    {name: {accuracy, n, local_tokens}}.
 
     `local_tokens` is the mean number of local tokens that the language model saw. `parts` "global"
     restricts every setting to the global view, for a model whose compression is not trained yet.
@@ -64,7 +72,7 @@ def held_out_accuracy(model: SliME, questions: int, parts: str = "both",
     """
     model.eval()
     device = model.device
-    counts = {name: [0, 0] for name in SETTINGS}  # right answers, local tokens
+    counts = {name: [0, 0] for name in names}  # right answers, local tokens
     starts = [(family, start) for family in FAMILIES for start in range(0, questions, batch_size)]
     known = {}
     if folder is not None:
@@ -96,7 +104,8 @@ def held_out_accuracy(model: SliME, questions: int, parts: str = "both",
 def add_batch(counts: dict[str, list], model: SliME, batch: Batch, family: str, parts: str) -> None:
     """Adds right answers and local tokens of one batch to every setting of its family."""
     features, done = model.encode(batch, parts), {}
-    for name, (asks, shown, gamma, random_tokens) in SETTINGS.items():
+    for name in counts:
+        asks, shown, gamma, random_tokens = SETTINGS[name]
         if asks != family:
             continue
         shown = shown if parts == "both" else parts
@@ -116,9 +125,8 @@ def evaluate(folder: Path, stage: int, questions: int, device: torch.device) -> 
     """Asks the checkpoint that a stage has left in `folder` about held-out pictures, and writes
     eval.json there."""
     model = SliME.from_pretrained(folder).to(device)
-    # After stage I only the global view is trained; the later stages answer with everything.
     results = held_out_accuracy(model, questions, "global" if stage == 1 else "both",
-                                folder=folder.parent / "features")
+                                folder=folder.parent / "features", names=ASKED[stage])
     (folder / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
     watch.say(table(results))
 
