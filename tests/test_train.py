@@ -46,6 +46,8 @@ def test_each_stage_leaves_all_its_files_and_says_where_it_starts(short_run):
                 "metrics.jsonl", "loss.png", "eval.json"} <= names
         results = json.loads((out / f"stage{stage}" / "eval.json").read_text())
         assert tuple(results) == ASKED[stage]
+        assert stage < 3 or {"global", "detail", "detail_without_local", "detail_gamma_1",
+                             "detail_gamma_025", "detail_random_025"} <= set(results)
         assert all(0 <= row["accuracy"] <= 1 and row["n"] == 4 for row in results.values())
         with Image.open(out / f"stage{stage}" / "loss.png") as plot:
             assert plot.width > 600
