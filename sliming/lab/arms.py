@@ -52,6 +52,7 @@ class Arm:
     asked: tuple[str, ...] = ("both", "global", "local")  # the views it is tested with
     detail: float = 0.5       # share of detail questions in lesson 3
     against: str = "default"  # the arm that it is compared with
+    late: bool = False        # as the default until the last turn: both train the first two once
 
 
 # ----------------------------------------------------------------------------- other compressions
@@ -193,7 +194,7 @@ class Balanced(SliME):
 # ---------------------------------------------------------------------------------------- all arms
 
 ARMS = {
-    "default": Arm("SliME, three stages"),
+    "default": Arm("SliME, three stages", late=True),
     "mixture": Arm("global view only: mixture", {}, GLOBAL_ONLY, asked=("global",)),
     "mlp": Arm("global view only: MLP", {"expert": 0}, GLOBAL_ONLY, asked=("global",),
                against="mixture"),
@@ -201,16 +202,16 @@ ARMS = {
                    asked=("global",), against="mixture"),
     "nq4": Arm("4 tokens per crop", {"num_queries": 4}),
     "nq25": Arm("25 tokens per crop", {"num_queries": 25}),
-    "gamma100": Arm("γ 1", {"gamma": 1.0}),
-    "gamma90": Arm("γ 0.9", {"gamma": 0.9}),
-    "gamma50": Arm("γ 0.5", {"gamma": 0.5}),
-    "gamma25": Arm("γ 0.25", {"gamma": 0.25}),
+    "gamma100": Arm("γ 1", {"gamma": 1.0}, late=True),
+    "gamma90": Arm("γ 0.9", {"gamma": 0.9}, late=True),
+    "gamma50": Arm("γ 0.5", {"gamma": 0.5}, late=True),
+    "gamma25": Arm("γ 0.25", {"gamma": 0.25}, late=True),
     "random50": Arm("as many as γ 0.5, at random", {"gamma": 0.5}, kind=AtRandom,
-                    against="gamma50"),
+                    against="gamma50", late=True),
     "random25": Arm("as many as γ 0.25, at random", {"gamma": 0.25}, kind=AtRandom,
-                    against="gamma25"),
+                    against="gamma25", late=True),
     "merge25": Arm("γ 0.25, the dropped merged into the kept", {"gamma": 0.25}, kind=Merging,
-                   against="gamma25"),
+                   against="gamma25", late=True),
     "uncompressed": Arm("local tokens uncompressed", {"num_queries": 64}, MLP_ON_CROPS,
                         kind=Uncompressed),
     "compressed": Arm("global view compressed, too", {}, SHARED_QUERIES, kind=Compressed),
@@ -220,7 +221,7 @@ ARMS = {
     "e2e": Arm("end to end", {}, END_TO_END),
     "turns": Arm("end to end, soft turns", {}, END_TO_END, kind=SoftTurns, against="e2e"),
     "balanced": Arm("end to end, balanced", {}, END_TO_END, kind=Balanced, against="e2e"),
-    "default-rare": Arm("three stages, details rare", detail=0.1),
+    "default-rare": Arm("three stages, details rare", detail=0.1, late=True),
     "joined-rare": Arm("stages I and II as one, details rare", {}, JOINED, detail=0.1,
                        against="default-rare"),
     "e2e-rare": Arm("end to end, details rare", {}, END_TO_END, detail=0.1,

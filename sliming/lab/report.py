@@ -21,6 +21,7 @@ import numpy as np
 
 from sliming.guard import InputError
 from sliming.lab.arms import ARMS
+from sliming.lab.run import chosen_rate
 from sliming.records import resume
 from sliming.watch import say
 
@@ -124,12 +125,13 @@ def verdict(differences: list[list | None]) -> str:
 
 def summary(rows: list[dict], setting: dict) -> dict:
     """Everything that tables and charts show."""
+    rates = {name: chosen_rate(rows, name, setting["rates"]) for name in ARMS}
     done, tried = {}, {}
     for row in rows:
-        if row["rate"] is None:
+        if row["rate"] == rates[row["arm"]]:
             done.setdefault(row["arm"], {})[row["seed"]] = row
-        else:
-            tried.setdefault(row["arm"], {})[str(row["rate"])] = row["asked_loss"]
+        if row["seed"] == 0:
+            tried.setdefault(row["arm"], {})[str(row["rate"])] = row["validation_loss"]
     arms = {}
     for name in (name for name in ARMS if name in done):
         arm, mine = ARMS[name], done[name]
@@ -140,7 +142,7 @@ def summary(rows: list[dict], setting: dict) -> dict:
             return round(float(np.mean([row[what] for row in mine.values()])), 2)
 
         arms[name] = {
-            "seeds": seeds, "rate": mine[seeds[0]]["used_rate"], "tried": tried.get(name, {}),
+            "seeds": seeds, "rate": rates[name], "tried": tried[name],
             "scores": {one: interval(answers(mine, seeds, one)) for one in asked},
             "against": arm.against,
             "difference": {} if arm.against == name else {
@@ -295,9 +297,9 @@ def schedules(results: dict, path: Path) -> None:
 def report(folder: Path) -> None:
     """Writes results.json, results.md and the charts into the folder. InputError without rows."""
     rows, setting = resume(folder / "results.jsonl"), folder / "setting.json"
-    if not any(row["rate"] is None for row in rows):
+    results = summary(rows, json.loads(setting.read_text())) if rows else {"arms": {}}
+    if not results["arms"]:
         raise InputError(f"{folder} has no results yet: python -m sliming.lab run --out {folder}")
-    results = summary(rows, json.loads(setting.read_text()))
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "results.md").write_text(tables(results) + "\n")
     chart(results, [(name, ARMS[name].asked[0]) for name in TABLE_3], PAPER_3, "Table 3, here",

@@ -1,9 +1,9 @@
 """Trains and asks the arms: one process, one thread, one row per arm and seed.
 
-First the vision tower reads all pictures, once for all arms. Then every arm's learning rate is
-chosen: one shorter training with each of `Setting.rates`, asked about validation pictures. Then
-seed 0 of all arms, seed 1 of all arms, and so on. A row is written when it is done, so a run that
-was killed goes on with what is missing.
+First the vision tower reads all pictures, once for all arms. Then seed 0 of every arm with each of
+`Setting.rates`; the rate that answers questions about validation pictures best is the arm's. Then
+seed 1 of all arms with it, seed 2, and so on. Stages that arms have in common are trained once. A
+row is written when it is done, so a run that was killed goes on with what is missing.
 """
 
 import json
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from multiprocessing import connection, get_context
@@ -34,7 +34,6 @@ from sliming.model import SliME
 from sliming.records import resume
 from sliming.tiny.features import Features
 from sliming.tiny.pictures import (
-    SMALL_SHARE,
     Scene,
     TrainingSet,
     detail_questions,
@@ -57,31 +56,32 @@ WATCHED = ("default", "joined", "e2e")
 class Setting:
     """What all arms of a folder have in common."""
 
-    steps: tuple[int, int, int] = (130, 130, 90)           # of lessons 1, 2, 3
+    steps: tuple[int, int, int] = (160, 140, 90)           # of lessons 1, 2, 3
     pictures: tuple[int, int, int] = (1024, 1024, 1024)    # of each lesson
+    small: tuple[float, float, float] = (0.9, 0.3, 0.15)   # share of pictures of one crop
+    grids: tuple[tuple[int, int], ...] = ((3, 2), (2, 3))  # of the others: columns, rows
     batch: int = 8
     numbers: int = 10                                      # 10 and up, that are printed
     across_seams: bool = False
-    rates: tuple[float, ...] = (0.75, 1.5, 3.0)            # times the tiny preset's
-    choice: float = 1 / 3                                  # of the steps, to choose a rate by
+    rates: tuple[float, ...] = (1.5, 2.25)                 # times the tiny preset's
     validation: int = 128                                  # pictures, with two questions each
     test: int = 256
 
 
-QUICK = Setting(steps=(80, 80, 60), pictures=(256, 256, 256), rates=(1.5,), test=64)
+QUICK = Setting(steps=(80, 80, 60), pictures=(256, 256, 256), rates=(2.0,), test=64)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training: of an arm with a seed, or to try a rate."""
+    """One training."""
 
     arm: str
     seed: int
-    rate: float | None = None  # to be tried; else the one that was chosen
+    rate: float  # of learning, times the tiny preset's
 
     @property
     def name(self) -> str:
-        return f"{self.arm}, " + (f"seed {self.seed}" if self.rate is None else f"rate {self.rate}")
+        return f"{self.arm}, seed {self.seed}, rate {self.rate}"
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -102,12 +102,17 @@ class Pictures:
         return s.pictures[int(lesson) - 1] if lesson.isdigit() else getattr(s, self.split)
 
     def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
-        lesson = self.split.removeprefix("lesson")
+        """The picture's facts, and the stream that draws it."""
+        s, lesson, small = self.setting, self.split.removeprefix("lesson"), False
         if lesson.isdigit():
-            return Lessons.of(self.setting, int(lesson)).scene(index)
-        rng = generator("held-out", len(FAMILIES) + (self.split == "test"), index)
-        scene = sample_scene(rng, across_seams=self.setting.across_seams)
-        return fewer_numbers(scene, self.setting.numbers), rng
+            rng = generator("train", int(lesson), 0, index)
+            small = rng.random() < s.small[int(lesson) - 1]
+        else:
+            rng = generator("held-out", len(FAMILIES) + (self.split == "test"), index)
+        scene = sample_scene(rng, small, s.across_seams, s.grids)
+        # Fewer numbers are printed: what is to be learned, a word for each, is less.
+        items = [replace(item, number=10 + item.number % s.numbers) for item in scene.items]
+        return replace(scene, items=tuple(items)), rng
 
     @cache  # noqa: B019 (a handful of objects, which live as long as the process)
     def features(self, chunk: int) -> Features:
@@ -125,42 +130,20 @@ def untrained() -> SliME:
     return SliME.from_backbones(PRESETS["tiny"].model).eval()
 
 
-@dataclass(frozen=True)
-class Lessons(TrainingSet):
-    """The built-in training records, with fewer numbers."""
-
-    numbers: int = 90
-
-    @classmethod
-    def of(cls, setting: Setting, lesson: int, detail: float = 0.5) -> "Lessons":
-        return cls(lesson, 0, setting.pictures[lesson - 1], detail, setting.across_seams,
-                   setting.numbers)
-
-    def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
-        scene, rng = super().scene(index)
-        return fewer_numbers(scene, self.numbers), rng
-
-
-def fewer_numbers(scene: Scene, numbers: int) -> Scene:
-    """Only 10 .. 9 + `numbers` are printed: what is to be learned, a word for each, is less."""
-    return replace(scene, items=tuple(replace(item, number=10 + item.number % numbers)
-                                      for item in scene.items))
-
-
 class Records:
     """What a turn learns from, by place: the same records for every schedule, in another order.
 
     The pictures are those of the folder; their order, and what is said of them, are the seed's.
     """
 
-    def __init__(self, folder: Path, setting: Setting, arm: Arm, turn: Turn, seed: int,
-                 share: float):
+    def __init__(self, folder: Path, setting: Setting, arm: Arm, turn: Turn, seed: int):
         self.seed = seed
-        self.sets = {n: Lessons.of(setting, n, arm.detail) for n in turn.lessons}
+        self.words = {n: TrainingSet(n, pool=setting.pictures[n - 1], detail=arm.detail)
+                      for n in turn.lessons}
         self.pictures = {n: Pictures(folder, setting, f"lesson{n}") for n in turn.lessons}
         self.order = []  # of (lesson, picture, number of the record)
         for n in turn.lessons:
-            count, pool = lesson_steps(setting, n, share) * setting.batch, setting.pictures[n - 1]
+            count, pool = setting.steps[n - 1] * setting.batch, setting.pictures[n - 1]
             rng = np.random.default_rng([seed, n])
             epochs = [rng.permutation(pool) for _ in range(math.ceil(count / pool))]
             self.order += [(n, int(picture), number) for number, picture
@@ -170,13 +153,9 @@ class Records:
 
     def __getitem__(self, place: int) -> dict:
         n, picture, number = self.order[place]
-        scene, rng = self.sets[n].scene(picture)
-        turns = self.sets[n].turns(scene, rng, self.seed * 2**20 + number)
+        scene, rng = self.pictures[n].scene(picture)
+        turns = self.words[n].turns(scene, rng, self.seed * 2**20 + number)
         return record(f"lesson {n}, {number}", self.pictures[n][picture], turns)
-
-
-def lesson_steps(setting: Setting, lesson: int, share: float) -> int:
-    return max(1, round(share * setting.steps[lesson - 1]))
 
 
 # ---------------------------------------------------------------------------------------- questions
@@ -253,12 +232,10 @@ def watched(kind: type[SliME], probe: Batch, every: int, curve: list[dict]) -> t
 # --------------------------------------------------------------------------------------- one job
 
 
-def train_and_ask(folder: Path, setting: Setting, job: Job, rate: float,
-                  device: str = "cpu") -> dict:
+def train_and_ask(folder: Path, setting: Setting, job: Job, device: str = "cpu") -> dict:
     """The row of one training."""
-    arm, trying = ARMS[job.arm], job.rate is not None
-    share = setting.choice if trying else 1.0
-    steps = [sum(lesson_steps(setting, n, share) for n in turn.lessons) for turn in arm.turns]
+    arm, rate = ARMS[job.arm], job.rate
+    steps = [sum(setting.steps[n - 1] for n in turn.lessons) for turn in arm.turns]
     # This process knows the arm's stages in the place of the paper's.
     STAGES.clear()
     STAGES.update({n: Stage(turn.parts, "plain" if turn.lessons == (1,) else None, turn.trained)
@@ -268,28 +245,58 @@ def train_and_ask(folder: Path, setting: Setting, job: Job, rate: float,
     PRESETS["lab"] = Preset(replace(PRESETS["tiny"].model, **arm.settings), recipes)
     kind, curve = arm.kind, []
     kind.steps = sum(steps)
-    if job.arm.removesuffix("-rare") in WATCHED and not trying:
+    if job.arm in WATCHED and job.seed == 0:
         asked = Pictures(folder, setting, "validation")
         probe = pack([one for family in FAMILIES for one in
                       questions(asked, family, 0, min(12, asked.count))],
                      untrained()).to(device)
         kind = watched(kind, probe, max(1, sum(steps) // PROBES), curve)
     out = Path(tempfile.mkdtemp(prefix=f"{job.arm}-", dir=folder / "work"))
+    shared = folder / "work" / f"begun-{job.seed}-{rate}"  # stages I and II of all `late` arms
+    # Where losses are watched, all of it is trained.
+    done = take_over(shared, out, arm) if arm.late and kind is arm.kind else 0
     curves = []
     for n, turn in enumerate(arm.turns, 1):
-        config = TrainConfig(preset="lab", out=str(out), seed=job.seed, save_every=2**31, workers=0)
-        train_stage(config, n, torch.device(device), kind,
-                    Records(folder, setting, arm, turn, job.seed, share))
+        if n > done:
+            config = TrainConfig(preset="lab", out=str(out), seed=job.seed, save_every=2**31,
+                                 workers=0)
+            train_stage(config, n, torch.device(device), kind,
+                        Records(folder, setting, arm, turn, job.seed))
+        if arm.late and n == 2 and not shared.exists():
+            hand_on(out, shared)
         curves += resume(out / f"stage{n}" / "metrics.jsonl")
     model = arm.kind.from_pretrained(out / f"stage{len(arm.turns)}").to(device)
     shutil.rmtree(out)
     took = [row["tokens"] / row["tokens_per_second"] for row in curves]
-    split = Pictures(folder, setting, "validation" if trying else "test")
-    row = ask(model, split, arm.asked[:1] if trying else arm.asked)
-    return asdict(job) | row | {
-        "used_rate": rate, "ms_per_step": round(1000 * sum(took) / len(took), 1),
+    row = asdict(job) | ask(model, Pictures(folder, setting, "test"), arm.asked) | {
+        "ms_per_step": round(1000 * sum(took) / len(took), 1),
         "memory_gb": curves[-1]["memory_gb"], "curve": curve,
         "loss": [round(row["loss"], 4) for row in curves]}
+    if job.seed == 0:
+        said = ask(model, Pictures(folder, setting, "validation"), arm.asked[:1])
+        row["validation_loss"] = said["asked_loss"]
+    return row
+
+
+def take_over(shared: Path, out: Path, arm: Arm) -> int:
+    """Copies stages that another arm has trained, if it has: how many."""
+    if not shared.exists():
+        return 0
+    shutil.copytree(shared, out, dirs_exist_ok=True)
+    path = out / "stage2" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | arm.settings))
+    return 2
+
+
+def hand_on(out: Path, shared: Path) -> None:
+    """Leaves the first two stages for others: all of it appears at once."""
+    copy = Path(tempfile.mkdtemp(dir=shared.parent))
+    for stage in ("stage1", "stage2"):
+        shutil.copytree(out / stage, copy / stage)
+    try:
+        copy.rename(shared)
+    except OSError:  # another arm was as fast
+        shutil.rmtree(copy)
 
 
 def make(folder: Path, setting: Setting, split: str, chunk: int) -> dict:
@@ -360,27 +367,27 @@ class Plan:
     rows: list[dict]
     begun: set[Job] = field(default_factory=set)
 
-    def rate(self, arm: str) -> float | None:
-        """The arm's learning rate: that with the least loss on questions about validation
-        pictures; None while they are not all tried."""
-        losses = {row["rate"]: row["asked_loss"] for row in self.rows
-                  if row["arm"] == arm and row["rate"] is not None}
-        if len(self.setting.rates) == 1:
-            return self.setting.rates[0]
-        return min(losses, key=losses.get) if len(losses) == len(self.setting.rates) else None
-
     def wanted(self) -> list[Job]:
-        """All trainings, the most valuable first."""
-        tried = [Job(arm, 0, rate) for arm in self.arms for rate in self.setting.rates
-                 if len(self.setting.rates) > 1]
-        return tried + [Job(arm, seed) for seed in range(self.seeds) for arm in self.arms]
+        """All trainings whose rate is known, the most valuable first."""
+        rates = {arm: chosen_rate(self.rows, arm, self.setting.rates) for arm in self.arms}
+        return ([Job(arm, 0, rate) for arm in self.arms for rate in self.setting.rates]
+                + [Job(arm, seed, rates[arm]) for seed in range(1, self.seeds)
+                   for arm in self.arms if rates[arm] is not None])
 
     def following(self) -> Job | None:
-        done = {Job(row["arm"], row["seed"], row["rate"]) for row in self.rows} | self.begun
+        begun = {Job(row["arm"], row["seed"], row["rate"]) for row in self.rows} | self.begun
         for job in self.wanted():
-            if job not in done and (job.rate or self.rate(job.arm)):
+            if job not in begun:
                 self.begun.add(job)
                 return job
+
+
+def chosen_rate(rows: list[dict], arm: str, rates: Sequence[float]) -> float | None:
+    """The arm's learning rate: that whose seed 0 has the least loss on questions about validation
+    pictures; None while they are not all tried."""
+    losses = {row["rate"]: row["validation_loss"] for row in rows
+              if row["arm"] == arm and row["seed"] == 0}
+    return min(losses, key=losses.get) if len(losses) == len(rates) else None
 
 
 def run(folder: Path, setting: Setting, arms: list[str], seeds: int, jobs: int,
@@ -398,13 +405,12 @@ def run(folder: Path, setting: Setting, arms: list[str], seeds: int, jobs: int,
         def following():
             job = plan.following()
             log = folder / "work" / f"{job.name}.log" if job else None
-            return job and (job, log, train_and_ask,
-                            (folder, setting, job, job.rate or plan.rate(job.arm), device))
+            return job and (job, log, train_and_ask, (folder, setting, job, device))
 
-        wanted = plan.wanted()
+        total = len(arms) * (len(setting.rates) + seeds - 1)
         before = {Job(row["arm"], row["seed"], row["rate"]) for row in plan.rows}
         with (naming(results), open(results, "a") as file,
-              tqdm(total=len(wanted), initial=len(before & set(wanted)), unit="training") as bar):
+              tqdm(total=total, initial=len(before & set(plan.wanted())), unit="training") as bar):
             for job, row in parallel(following, jobs):
                 if row is None:
                     failed.append(job)
@@ -436,7 +442,7 @@ def same_setting(folder: Path, setting: Setting) -> None:
 def read_pictures(folder: Path, setting: Setting, jobs: int) -> None:
     """The tower reads all pictures, many files at a time."""
     tasks = []
-    for split in (*(f"lesson{n}" for n in SMALL_SHARE), "validation", "test"):
+    for split in ("lesson1", "lesson2", "lesson3", "validation", "test"):
         for chunk in range(math.ceil(Pictures(folder, setting, split).count / CHUNK)):
             if not list((folder / "features").glob(f"{split}-{chunk}-of-*.npz")):
                 tasks.append(((split, chunk), folder / "work" / f"{split}-{chunk}.log", make,

@@ -104,12 +104,13 @@ class Scene:
         return max(self.size) <= CROP
 
 
-def sample_scene(rng: np.random.Generator, small: bool = False,
-                 across_seams: bool = False) -> Scene:
-    """Draws the facts and the geometry of one picture. `across_seams` lets labels lie across the
+def sample_scene(rng: np.random.Generator, small: bool = False, across_seams: bool = False,
+                 grids: tuple[tuple[int, int], ...] = LARGE_GRIDS) -> Scene:
+    """Draws the facts and the geometry of one picture: of one crop if it is `small`, else of one of
+    `grids`, (columns, rows), each of five crops or more. `across_seams` lets labels lie across the
     seam of two crops."""
     kind = KINDS[rng.integers(len(KINDS))]
-    columns, rows = (1, 1) if small else LARGE_GRIDS[rng.integers(len(LARGE_GRIDS))]
+    columns, rows = (1, 1) if small else grids[rng.integers(len(grids))]
     place = {"chart": _place_chart, "table": _place_table, "shapes": _place_shapes}[kind]
     items, accent = place(rng, columns, rows, across_seams)
     size = columns * CROP, rows * CROP

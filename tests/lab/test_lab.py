@@ -20,8 +20,8 @@ from sliming.slicer import Slices
 from sliming.tiny.pictures import TrainingSet, render
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = Setting(steps=(2, 2, 2), pictures=(6, 6, 6), batch=3, rates=(0.5, 1.0), choice=0.5,
-                validation=4, test=6)
+SMALL = Setting(steps=(2, 2, 2), pictures=(6, 6, 6), batch=3, rates=(0.5, 1.0), validation=4,
+                test=6)
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_every_schedule_learns_from_the_same_records(monkeypatch, tmp_path):
     monkeypatch.setattr(Pictures, "__getitem__", slices)
 
     def seen(turns, seed):
-        records = [Records(tmp_path, SMALL, ARMS["default"], turn, seed, 1.0) for turn in turns]
+        records = [Records(tmp_path, SMALL, ARMS["default"], turn, seed) for turn in turns]
         return [json.dumps(one[place]["conversations"]) for one in records
                 for place in range(len(one.order))]
 
@@ -156,16 +156,34 @@ def test_every_schedule_learns_from_the_same_records(monkeypatch, tmp_path):
 
 
 def test_features_and_pixels_give_the_same_row(stages, tmp_path, monkeypatch):
-    job = Job("default", 0)
+    job = Job("default", 0, 1.0)
     (tmp_path / "work").mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(Pictures, "__getitem__", slices)
-        from_pixels = run.train_and_ask(tmp_path, SMALL, job, 1.0)
-    row = run.train_and_ask(tmp_path, SMALL, job, 1.0)
+        from_pixels = run.train_and_ask(tmp_path, SMALL, job)
+    row = run.train_and_ask(tmp_path, SMALL, job)
     assert isinstance(Pictures(tmp_path, SMALL, "test")[0], Slices)
     assert row["right"] == from_pixels["right"] and row["tokens"] == from_pixels["tokens"]
     assert row["loss"] == pytest.approx(from_pixels["loss"], abs=1e-3)
     assert len(row["loss"]) == 6 and len(row["curve"]) == 6
+
+
+@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.late])
+def test_stages_in_common_come_out_the_same(stages, tmp_path, name):
+    """An arm that takes over two stages of the default ends as one that trains them itself."""
+    rows = []
+    for first in ("default", None):
+        folder = tmp_path / str(first)
+        (folder / "work").mkdir(parents=True)
+        (folder / "features").symlink_to(tmp_path / "features")
+        (tmp_path / "features").mkdir(exist_ok=True)
+        if first:
+            run.train_and_ask(folder, SMALL, Job(first, 1, 1.0))
+            assert (folder / "work" / "begun-1-1.0").is_dir()
+        rows.append(run.train_and_ask(folder, SMALL, Job(name, 1, 1.0)))
+    for row in rows:
+        del row["ms_per_step"], row["memory_gb"]
+    assert rows[0] == rows[1]
 
 
 # --------------------------------------------------------------------------------------- the queue
@@ -175,14 +193,14 @@ def test_a_killed_run_goes_on_and_comes_out_the_same(tmp_path):
     names = ["default", "merge25"]
     run.run(tmp_path / "whole", SMALL, names, 2, 2)
     whole = (tmp_path / "whole" / "results.jsonl").read_text().splitlines()
-    assert len(whole) == 2 * 2 + 2 * 2 and not list((tmp_path / "whole" / "work").glob("*-*/"))
+    assert len(whole) == 2 * 2 + 2 and not list((tmp_path / "whole" / "work").glob("[!b]*-*/"))
     cut = tmp_path / "cut"
     cut.mkdir()
     (cut / "setting.json").write_text((tmp_path / "whole" / "setting.json").read_text())
-    (cut / "results.jsonl").write_text("\n".join(whole[:5]) + "\n" + whole[5][:40])
+    (cut / "results.jsonl").write_text("\n".join(whole[:4]) + "\n" + whole[4][:40])
     run.run(cut, SMALL, names, 2, 1)
     rows = (cut / "results.jsonl").read_text().splitlines()
-    assert rows[:5] == whole[:5] and len(rows) == 8
+    assert rows[:4] == whole[:4] and len(rows) == 6
 
     def results(lines):
         rows = [json.loads(line) for line in lines]
@@ -201,18 +219,17 @@ def test_a_killed_run_goes_on_and_comes_out_the_same(tmp_path):
     assert (cut / "results.jsonl").read_text().splitlines() == rows
 
 
-def test_rates_are_chosen_first_then_seed_by_seed():
+def test_seed_0_chooses_the_rate_of_the_others():
     rows = []
-    plan = Plan(SMALL, ["default", "e2e"], 2, rows)
+    plan = Plan(SMALL, ["default", "e2e"], 3, rows)
     first = [plan.following() for _ in range(5)]
-    assert [(job.arm, job.rate) for job in first[:4]] == [
-        ("default", 0.5), ("default", 1.0), ("e2e", 0.5), ("e2e", 1.0)]
-    assert first[4] is None  # no rate is known yet
+    assert first == [Job("default", 0, 0.5), Job("default", 0, 1.0), Job("e2e", 0, 0.5),
+                     Job("e2e", 0, 1.0), None]  # no rate is known yet
     for job, loss in zip(first, (1.2, 0.8, 0.8, 1.2), strict=False):
-        rows.append({"arm": job.arm, "seed": 0, "rate": job.rate, "asked_loss": loss})
-    assert plan.rate("default") == 1.0 and plan.rate("e2e") == 0.5
-    rest = [plan.following() for _ in range(5)]
-    assert rest[:4] == [Job("default", 0), Job("e2e", 0), Job("default", 1), Job("e2e", 1)]
+        rows.append({"arm": job.arm, "seed": 0, "rate": job.rate, "validation_loss": loss})
+    assert [plan.following() for _ in range(5)] == [
+        Job("default", 1, 1.0), Job("e2e", 1, 0.5), Job("default", 2, 1.0), Job("e2e", 2, 0.5),
+        None]
 
 
 def test_wrong_words_get_one_line(tmp_path):
