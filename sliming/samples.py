@@ -23,7 +23,7 @@ def ask_held_out(model: nn.Module, work: Steps, step: int, out: Path) -> None:
     """Asks the first question of each record that the run holds back (of built-in pictures: of
     held-out ones), as the stage shows them: to the log, and to OUT/samples-STEP.png."""
     records = getattr(work.records, "held", None) or [
-        held_out(family, index) for family in ("global", "detail") for index in (0, 1)]
+        held_out(family, index) for index, family in enumerate(("global", "detail") * 2)]
     template, tokenizer, asked = work.template, model.processor.tokenizer, []
     model.eval()
     for record in records:

@@ -6,6 +6,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "SLIMING_TEST_GPU" not in os.environ:  # tests and all their children run on the CPU, always
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # pytest -n: share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
 
 # Before torch, which reads how its threads are to wait.
 import sliming  # noqa: F401  # isort: skip

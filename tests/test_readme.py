@@ -54,6 +54,7 @@ def trained(tmp_path_factory):
     return work
 
 
+@pytest.mark.xdist_group("trained")
 def test_three_stages_reach_their_accuracy(trained):
     """Thresholds: a few standard errors (1.0 points at 95 % of 512) below the README's numbers."""
     results = json.loads((trained / "out/stage3/eval.json").read_text())
@@ -67,6 +68,7 @@ def test_three_stages_reach_their_accuracy(trained):
     assert accuracy["detail_gamma_025"] - accuracy["detail_random_025"] >= 0.15
 
 
+@pytest.mark.xdist_group("trained")
 def test_every_other_command_runs(trained):
     """All commands that use the trained model or the package; those that set up or need other files
     are listed here."""

@@ -12,7 +12,7 @@ from sliming.tiny.pictures import render
 
 
 def test_the_steps_are_the_models_own(model, tmp_path, monkeypatch, capsys):
-    picture, question = render(*held_out_scene("detail", 3)), "How many bars are there?"
+    picture, question = render(*held_out_scene(3)), "How many bars are there?"
     seen = []
     embed = model.embed
     monkeypatch.setattr(model, "embed", lambda batch, visual: seen.append((batch, visual)) or

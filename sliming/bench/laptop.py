@@ -112,7 +112,7 @@ def answers(device: torch.device, out: Path, checkpoint: str | None = None,
         for title, most in (("one question a picture", 1), ("all questions of a picture", 99)):
             asked = []
             for index in range(questions):
-                scene, rng = held_out_scene("detail", index)
+                scene, rng = held_out_scene(index)
                 render(scene, rng).save(folder / f"{index}.png")
                 asked += [{"question_id": f"{index} {words}", "image": f"{index}.png",
                            "text": words} for words, _ in (detail_questions(scene)

@@ -25,7 +25,7 @@ def main() -> None:
         return
     from sliming.tiny.held_out import held_out_scene
     from sliming.tiny.pictures import detail_questions, global_questions, render
-    scene, rng = held_out_scene("detail", arguments.index)
+    scene, rng = held_out_scene(arguments.index)
     render(scene, rng).save(arguments.picture)
     for question, answer in global_questions(scene) + detail_questions(scene):
         print(f"{question:40}{answer}")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from sliming import watch
@@ -13,26 +14,30 @@ from sliming.distributed import reduce
 from sliming.generate import exact_match
 from sliming.inputs import Batch
 from sliming.model import SliME
+from sliming.slicer import Slices
 from sliming.tiny import pictures
 from sliming.tiny.features import Features
 
 FAMILIES = ("global", "detail")
 
 
-def held_out_scene(family: str, index: int, across_seams: bool = False
+def held_out_scene(index: int, across_seams: bool = False
                    ) -> tuple[pictures.Scene, np.random.Generator]:
-    """The large picture behind held-out record `index`, and the stream that draws it and asks."""
-    rng = pictures.generator("held-out", FAMILIES.index(family), index)
+    """Held-out picture `index`, a large one, and the stream that draws it."""
+    rng = pictures.generator("held-out", 1, index)
     return pictures.sample_scene(rng, across_seams=across_seams), rng
 
 
-def held_out(family: str, index: int, across_seams: bool = False) -> dict:
-    """Held-out record `index` of the "global" or "detail" family: a question about a picture."""
-    scene, rng = held_out_scene(family, index, across_seams)
-    image = pictures.render(scene, rng)
+def held_out(family: str, index: int, across_seams: bool = False,
+             image: Image.Image | Slices | None = None) -> dict:
+    """Held-out record `index` of the "global" or "detail" family: a question about that picture.
+    `image`: what to show of it, if there already."""
+    scene, rng = held_out_scene(index, across_seams)
     ask = pictures.global_questions if family == "global" else pictures.detail_questions
-    pool = ask(scene)
-    return pictures.record(f"{family}-{index}", image, [pool[rng.integers(len(pool))]])
+    pool, chance = ask(scene), pictures.generator("held-out", 1, index, FAMILIES.index(family))
+    return pictures.record(f"{family}-{index}",
+                           pictures.render(scene, rng) if image is None else image,
+                           [pool[chance.integers(len(pool))]])
 
 
 # ----------------------------------------------------------------------------------------- accuracy
@@ -62,7 +67,7 @@ def held_out_accuracy(model: SliME, questions: int, parts: str = "both",
                       across_seams: bool = False, batch_size: int = 32, rank: int = 0,
                       world: int = 1, folder: Path | None = None,
                       names: tuple[str, ...] = tuple(SETTINGS)) -> dict[str, dict]:
-    """`questions` of each family in the settings of some `names`:
+    """`questions` of each family, about the same pictures, in the settings of some `names`:
     {name: {accuracy, n, local_tokens}}.
 
     `local_tokens` is the mean number of local tokens that the language model saw. `parts` "global"
@@ -73,26 +78,31 @@ def held_out_accuracy(model: SliME, questions: int, parts: str = "both",
     model.eval()
     device = model.device
     counts = {name: [0, 0] for name in names}  # right answers, local tokens
-    starts = [(family, start) for family in FAMILIES for start in range(0, questions, batch_size)]
-    known = {}
+    starts, known = range(0, questions, batch_size), None
     if folder is not None:
-        for family in FAMILIES:
-            images = (held_out(family, i, across_seams)["image"] for i in range(questions))
-            name = f"held-out-{family}-{questions}-pictures{'-across-seams' * across_seams}"
-            known[family] = Features(folder, name, images, model, parts)
+        images = (pictures.render(*held_out_scene(i, across_seams)) for i in range(questions))
+        name = f"held-out-{questions}-pictures{'-across-seams' * across_seams}"
+        known = Features(folder, name, images, model, parts)
+
+    def show(index: int) -> Slices:
+        if known is not None:
+            return known[index]
+        picture = pictures.render(*held_out_scene(index, across_seams))
+        return model.processor.slice(picture, None, parts)
+
     # The random tokens have a seed per batch; the training's own stream goes on as if not used.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for family, start in tqdm(starts[rank::world], desc="held-out questions", unit="batch",
-                                  leave=False, disable=rank > 0):
-            torch.manual_seed(start)
-            records = [held_out(family, index, across_seams)
-                       for index in range(start, min(start + batch_size, questions))]
-            if known:
-                records = [{**record, "image": known[family][start + place]}
-                           for place, record in enumerate(records)]
-            samples = [load_sample(record, None, "chat", model.processor, parts=parts)
-                       for record in records]
-            add_batch(counts, model, Batch.pack(samples).to(device), family, parts)
+        for start in tqdm(starts[rank::world], desc="held-out questions", unit="batch",
+                          leave=False, disable=rank > 0):
+            shown = {i: show(i) for i in range(start, min(start + batch_size, questions))}
+            features = None
+            for family in FAMILIES:
+                torch.manual_seed(start)
+                samples = [load_sample(held_out(family, i, across_seams, image), None, "chat",
+                                       model.processor, parts=parts) for i, image in shown.items()]
+                batch = Batch.pack(samples).to(device)
+                features = model.encode(batch, parts) if features is None else features
+                add_batch(counts, model, batch, features, family, parts)
     if world > 1:
         sums = iter(reduce([n for pair in counts.values() for n in pair], torch.device("cpu")))
         counts = {name: (next(sums), next(sums)) for name in counts}
@@ -101,9 +111,11 @@ def held_out_accuracy(model: SliME, questions: int, parts: str = "both",
             for name, (right, tokens) in counts.items()}
 
 
-def add_batch(counts: dict[str, list], model: SliME, batch: Batch, family: str, parts: str) -> None:
-    """Adds right answers and local tokens of one batch to every setting of its family."""
-    features, done = model.encode(batch, parts), {}
+def add_batch(counts: dict[str, list], model: SliME, batch: Batch,
+              features: tuple[torch.Tensor, torch.Tensor], family: str, parts: str) -> None:
+    """Adds right answers and local tokens of one batch to every setting of its family; `features`
+    as of `model.encode`."""
+    done = {}
     for name in counts:
         asks, shown, gamma, random_tokens = SETTINGS[name]
         if asks != family:

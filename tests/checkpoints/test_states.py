@@ -22,6 +22,8 @@ from sliming.model import SliME
 from sliming.trainer import train_stage
 from sliming.watch import cut_metrics
 
+pytestmark = pytest.mark.xdist_group("states")  # what tests share is made once
+
 STEPS = 40
 
 

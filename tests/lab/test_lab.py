@@ -168,22 +168,23 @@ def test_features_and_pixels_give_the_same_row(stages, tmp_path, monkeypatch):
     assert len(row["loss"]) == 6 and len(row["curve"]) == 6
 
 
-@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.late])
-def test_stages_in_common_come_out_the_same(stages, tmp_path, name):
+def test_stages_in_common_come_out_the_same(stages, tmp_path):
     """An arm that takes over two stages of the default ends as one that trains them itself."""
-    rows = []
-    for first in ("default", None):
-        folder = tmp_path / str(first)
-        (folder / "work").mkdir(parents=True)
-        (folder / "features").symlink_to(tmp_path / "features")
-        (tmp_path / "features").mkdir(exist_ok=True)
-        if first:
-            run.train_and_ask(folder, SMALL, Job(first, 1, 1.0))
-            assert (folder / "work" / "begun-1-1.0").is_dir()
-        rows.append(run.train_and_ask(folder, SMALL, Job(name, 1, 1.0)))
-    for row in rows:
-        del row["ms_per_step"], row["memory_gb"]
-    assert rows[0] == rows[1]
+    def row(folder, name):
+        (folder / "work").mkdir(parents=True, exist_ok=True)
+        if not (folder / "features").exists():
+            (folder / "features").symlink_to(tmp_path / "features")
+        row = run.train_and_ask(folder, SMALL, Job(name, 1, 1.0))
+        return {key: value for key, value in row.items() if key not in ("ms_per_step", "memory_gb")}
+
+    (tmp_path / "features").mkdir()
+    row(tmp_path / "shared", "default")
+    assert (tmp_path / "shared" / "work" / "begun-1-1.0").is_dir()
+    for name in ("gamma25", "random50", "merge25", "default-rare"):
+        assert ARMS[name].late
+        assert row(tmp_path / "shared", name) == row(tmp_path / name, name)
+    for arm in ARMS.values():  # that may take over
+        assert not arm.late or arm.turns == THREE_STAGES and arm.settings.keys() <= {"gamma"}
 
 
 # --------------------------------------------------------------------------------------- the queue

@@ -92,8 +92,12 @@ def test_samples_are_repeatable_and_streams_are_disjoint():
     seen = {key(TrainingSet(3, seed)[i])[0] for seed in (0, 1) for i in range(300)}
     seen |= {key(TrainingSet(2)[i])[0] for i in range(300)}
     assert len(seen) == 900
-    for family in ("global", "detail"):
-        assert not seen & {key(held_out(family, i))[0] for i in range(300)}
+    assert not seen & {key(held_out("detail", i))[0] for i in range(300)}
+    # Both families ask about the same pictures.
+    glances, looks = ([held_out(family, i) for i in range(9)] for family in ("global", "detail"))
+    assert all(key(a)[0] == key(b)[0] != key(looks[0])[0]
+               for a, b in list(zip(glances, looks, strict=True))[1:])
+    assert not {key(a)[1] for a in glances} & {key(b)[1] for b in looks}
 
 
 def test_stages_ask_as_the_paper_says():
