@@ -24,6 +24,17 @@ def pytest_addoption(parser):
                      help="images and records that test_fuzz.py makes, each (300)")
 
 
+def pytest_configure(config):
+    """With pytest -n, which pytest-xdist brings: tests that share what they make go together."""
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist, config.option.loadscopereorder = "loadgroup", False
+
+
+def pytest_collection_modifyitems(items):
+    """The longest test is begun first."""
+    items.sort(key=lambda item: item.name != "test_three_stages_reach_their_accuracy")
+
+
 @pytest.fixture
 def model() -> SliME:
     """The tiny preset before training, seeded, with gates that are not all equal."""
