@@ -1,41 +1,87 @@
-"""train.py run as its user runs it, for the tests of whole flows.
+"""The programs run as their users run them, for the tests of whole flows.
 
-Starting a process costs seconds of imports, so `run_train` takes several command lines and runs
-them one after another in one process (or one set of ranks).
+Starting a process costs seconds of imports. So `run_train` takes several command lines and runs
+them one after another in one process, or set of ranks, which are forked from one that has imported
+what they need; and `in_process` runs a program in the process of the test.
 """
 
 import io
 import json
+import multiprocessing
 import os
-import subprocess
+import runpy
+import socket
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["flows", "sliming.trainer", "sliming.evaluation.run",
+                               "torch._dynamo", "transformers.models.llama.modeling_llama",
+                               "transformers.models.clip.modeling_clip", "matplotlib.pyplot"])
 LLAMA3_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
-def run_train(*commands, ranks=None, limit=None, cwd=ROOT, **environment):
-    """train.py with each command line (a list of flags) in turn, in processes of their own, under
-    torchrun if `ranks` is given; on the CPU unless `environment` shows it GPUs. `limit` bounds the
-    size of files in bytes."""
-    launch, before = [sys.executable], None
-    if ranks is not None:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+def run_train(*commands, program=ROOT / "train.py", ranks=None, limit=None, cwd=ROOT,
+              **environment):
+    """train.py, or the `main` of another file, with each command line (a list of flags) in turn, in
+    a process of its own, or in `ranks` as torchrun starts them; on the CPU unless `environment`
+    shows it GPUs. `limit` bounds the size of files in bytes."""
+    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", **environment}
+    commands = [[str(flag) for flag in command] for command in commands]
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        for rank in map(str, range(ranks or 1)):
+            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(ranks),
+                    "MASTER_ADDR": "localhost", "MASTER_PORT": port} if ranks else {}
+            processes.append(SERVER.Process(target=child, args=(
+                str(program), commands, {**environment, **told}, str(cwd), limit, folder)))
+            processes[-1].start()
+        deadline = time.monotonic() + 300
+        while any(process.is_alive() for process in processes):
+            if any(process.exitcode for process in processes) or time.monotonic() > deadline:
+                for process in processes:
+                    process.kill()
+            processes[0].join(0.02)
+        out, err = ((Path(folder) / name).read_text() for name in ("out", "err"))
+    codes = [process.exitcode for process in processes]
+    return SimpleNamespace(returncode=next(filter(None, codes), 0), stdout=out, stderr=err)
+
+
+def child(program, commands, environment, cwd, limit, folder):
+    """What a process of `run_train` does; its output and errors go to files in `folder`."""
+    for name, number in (("out", 1), ("err", 2)):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    torch.set_num_threads(1)
     if limit is not None:
         import resource
-        before = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
-    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", **environment}
-    commands = json.dumps([[str(flag) for flag in command] for command in commands])
-    return subprocess.run([*launch, __file__, commands], capture_output=True, text=True,
-                          preexec_fn=before, env=environment, cwd=cwd, timeout=300)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    main = runpy.run_path(program)["main"]
+    begin, destroy = dist.init_process_group, dist.destroy_process_group  # once for all commands
+    dist.init_process_group = lambda *how, **more: (
+        dist.is_initialized() or begin(*how, **more))
+    dist.destroy_process_group = lambda: None
+    for command in commands:
+        sys.argv = [Path(program).name, *command]
+        with stop_after(os.environ.get("SLIMING_TEST_STOP"), "down" in " ".join(command)):
+            main()
+    if dist.is_initialized():
+        destroy()
 
 
 def until(holds, seconds=120):
@@ -90,17 +136,3 @@ def stop_after(step, here):
         pass
     finally:
         States.save = save
-
-
-if __name__ == "__main__":
-    import torch.distributed as dist
-
-    import train
-    destroy = dist.destroy_process_group
-    dist.destroy_process_group = lambda: None  # one group for all commands
-    for command in json.loads(sys.argv[1]):
-        sys.argv = ["train.py", *command]
-        with stop_after(os.environ.get("SLIMING_TEST_STOP"), "down" in " ".join(command)):
-            train.main()
-    if dist.is_initialized():
-        destroy()

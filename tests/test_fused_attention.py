@@ -34,8 +34,8 @@ BOUND = {torch.float32: 1e-5, torch.float16: 4e-3,
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 SHAPES = [  # B, H, Nq, L, Dh: all Nq in 1, 7, 144, L in 1, 65, 576, Dh in 32, 64, 128, B in 0, 1, 3
     (0, 2, 7, 65, 32), (1, 2, 1, 1, 32), (3, 1, 7, 1, 64), (3, 2, 1, 65, 128), (3, 2, 7, 65, 32),
-    (1, 1, 7, 576, 64), (3, 2, 144, 65, 32), (1, 1, 144, 576, 128), (1, 3, 33, 31, 64),
-    (5, 1, 196, 40, 32)]
+    (1, 1, 7, 576, 64), (2, 1, 144, 65, 32), (1, 1, 144, 576, 128), (1, 3, 33, 31, 64),
+    (2, 1, 196, 40, 32)]
 
 
 @pytest.fixture(autouse=True)
@@ -158,21 +158,21 @@ def test_extreme_logits(dtype, sign):
 
 @launches
 def test_bits_repeat_and_crops_do_not_see_each_other():
-    leaves, dout = make(5, 2, 33, 40, 32, torch.float32)
+    leaves, dout = make(3, 1, 33, 40, 32, torch.float32)
     first, second = ((out, *torch.autograd.grad(out, leaves, dout))
                      for out in (query_attention(*leaves, attention="triton") for _ in range(2)))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     q, k, v, c = leaves
-    assert torch.equal(query_attention(q, k[3:4], v[3:4], c, "triton")[0], first[0][3])
+    assert torch.equal(query_attention(q, k[2:], v[2:], c, "triton")[0], first[0][2])
 
 
 @launches
 def test_query_former_on_both_paths_and_compiled_in_one_graph():
     (q, k, v, c), _ = make(2, 1, 7, 33, 32, torch.float32)
     torch.library.opcheck(kernels.forward_op, (q, k, v, c))
-    former = QueryFormer(128, 144, num_heads=2).to(DEVICE)
+    former = QueryFormer(64, 36, num_heads=2).to(DEVICE)
     compiled = torch.compile(former, fullgraph=True, backend="aot_eager")
-    x, cotangent = torch.randn(2, 49, 128, device=DEVICE), torch.randn(2, 144, 128, device=DEVICE)
+    x, cotangent = torch.randn(2, 25, 64, device=DEVICE), torch.randn(2, 36, 64, device=DEVICE)
     # W_k's bias moves a query's scores alike: its exact gradient is 0, the computed one rounding.
     parameters, results = [p for n, p in former.named_parameters() if n != "w_k.bias"], []
     for module, attention in ((former, "sdpa"), (former, "triton"), (compiled, "triton")):

@@ -1,15 +1,20 @@
 """The READMEs' commands, word for word, in the order in which they stand: one end-to-end training
-that must reach its accuracy, and everything that is done with its result."""
+that must reach its accuracy, and everything that is done with a trained model."""
 
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+
+import pytest
+from flows import in_process
 
 from sliming.tiny.pictures import generator, render, sample_scene
 
@@ -37,13 +42,13 @@ def run(command, cwd, timeout=1800, **environment):
                           env={**os.environ, "PATH": path, **environment}, timeout=timeout)
 
 
-def train(work, flags="", **environment):
+def train(work, **environment):
     """Runs the README's main command (without making the environment again) in a copy of the
     repository."""
     for name in ("sliming", "theory", "train.py", "sample.py"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, work / name)
-    done = run(MAIN.split("&&")[-1].strip() + flags, work, **environment)
+    done = run(MAIN.split("&&")[-1].strip(), work, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -64,22 +69,36 @@ def test_three_stages_reach_their_accuracy(tmp_path):
     assert accuracy["detail_gamma_025"] - accuracy["detail_random_025"] >= 0.15
 
 
+def here(command, cwd):
+    """A command in this process, which has imported what each would wait for."""
+    words = shlex.split(command)[1:]
+    with pytest.MonkeyPatch.context() as patch:
+        if words[0] == "-m":
+            words = words[1:]
+            program = partial(runpy.run_module, words[0], run_name="__main__")
+        else:  # by itself, sample.py would end the process
+            patch.syspath_prepend((ROOT / words[0]).parent)
+            program = runpy.run_path(str(ROOT / words[0]), run_name="readme")["main"]
+        return in_process(program, *words[1:], cwd=cwd)
+
+
 def test_every_other_command_runs(tmp_path):
     """All commands that use the package or the trained model (here one that is hardly trained);
     those that set up or need other files are listed here."""
-    trained = tmp_path
-    train(trained, " --max-steps 2 --eval-questions 4")
+    few = " --max-steps 2 --eval-questions 4"
+    done = here(MAIN.split("&&")[-1] + few, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
     rng = generator("held-out", 9)
-    render(sample_scene(rng), rng).save(trained / "picture.png")
-    folder = trained / "images"
+    render(sample_scene(rng), rng).save(tmp_path / "picture.png")
+    folder = tmp_path / "images"
     folder.mkdir()
-    shutil.copy(trained / "picture.png", folder / "a.png")
+    shutil.copy(tmp_path / "picture.png", folder / "a.png")
     text = "How many bars are there?"
     turns = [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": "three"}]
     records = [{"id": "a", "image": "a.png", "conversations": turns}] * 4
-    (trained / "records.json").write_text(json.dumps(records))
+    (tmp_path / "records.json").write_text(json.dumps(records))
     questions = [{"question_id": number, "image": "a.png", "text": text} for number in range(2)]
-    (trained / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     # Run by other tests, on small files: presets, benchmarks, SMR's sources; and what takes
     # minutes, a GPU or the network.
     elsewhere = ("--preset small", "hf download", "unzip", "venv", "--pretrain", "pytest",
@@ -91,12 +110,14 @@ def test_every_other_command_runs(tmp_path):
         if any(word in command for word in elsewhere):
             continue
         if "train.py" in command:
-            command += " --max-steps 2 --eval-questions 4"
-        done = run(command + " < /dev/null", trained)
+            command += few
+        if "sliming.evaluation" in command:
+            command += " --questions 4"
+        done = here(command, tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
         ran += 1
-    assert ran >= 5
-    assert (trained / "page.html").exists()
+    assert ran >= 15
+    assert (tmp_path / "page.html").exists()
 
 
 def test_readmes_name_only_flags_that_exist():
@@ -109,9 +130,9 @@ def test_readmes_name_only_flags_that_exist():
             continue
         ways = {"build", "stats", "run", "report"} & set(words)
         module = "-m " if program.startswith("sliming.") else ""
-        start = f"{module}{program} {' '.join(ways)}"
+        start = f"python {module}{program} {' '.join(ways)}"
         if start not in helps:
-            helps[start] = run(f"{sys.executable} {start} --help", ROOT).stdout
+            helps[start] = here(f"{start} --help", ROOT).stdout
         for flag in (w for w in words[words.index(program) + 1:] if w.startswith("--")):
             assert flag in helps[start], command
 

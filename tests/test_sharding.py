@@ -37,7 +37,7 @@ def data(tmp_path_factory):
     return folder
 
 
-def command(data, out, stage, *flags, steps=20):
+def command(data, out, stage, *flags, steps=8):
     return ["--stage", stage, "--max-steps", steps, "--batch_size", 4, "--eval-questions", 0,
             "--out", out, "--data", data / "data.json", "--images", data,
             "--init-from", data / "start", *flags]
@@ -56,7 +56,7 @@ def runs(data, tmp_path_factory):
         for stage, mode in plans:
             folders[stage, mode] = out / f"{stage}-{mode or 'alone'}"
             commands.append(command(data, folders[stage, mode], stage, *flags, *[mode] * bool(mode),
-                                    steps=20 if stage == 3 else 6))
+                                    steps=8 if stage == 3 else 3))
         done = run_train(*commands, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "missing.png" in done.stderr
@@ -65,9 +65,9 @@ def runs(data, tmp_path_factory):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_ranks_learn_what_one_learns(runs, mode):
-    """Twenty steps of stage III, with the noise of gate and router."""
+    """Eight steps of stage III, with the noise of gate and router."""
     curves = [losses(runs[3, which] / "stage3") for which in (None, mode)]
-    assert len(curves[0]) == 20
+    assert len(curves[0]) == 8
     np.testing.assert_allclose(*curves, atol=1e-5)
     model, other = (SliME.from_pretrained(runs[3, which] / "stage3").tensors()
                     for which in (None, mode))

@@ -24,7 +24,7 @@ from sliming.watch import cut_metrics
 
 pytestmark = pytest.mark.xdist_group("states")  # what tests share is made once
 
-STEPS = 40
+STEPS = 20
 
 
 @pytest.fixture(scope="module")

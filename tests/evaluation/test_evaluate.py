@@ -3,14 +3,13 @@
 import base64
 import io
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from flows import run_train
 from PIL import Image
 from reference import reference_folder
 
@@ -439,24 +438,11 @@ def test_two_ranks_share_the_work(tabmwp, checkpoint, tmp_path, command, short_a
     alone = [command(*some, "--out", tmp_path / "one")[0] for some in flags]
     assert json.loads(alone[1])["n"] == 4 and json.loads(alone[1])["skipped"] == 1
     script = tmp_path / "script.py"
-    script.write_text(f"""
-import sys
-import torch.distributed as dist
-from sliming.evaluation import benchmarks, run
-benchmarks.BENCHMARKS["tabmwp"].answer_tokens = 4
-dist.init_process_group("gloo")  # one group for all commands
-dist.init_process_group, dist.destroy_process_group, end = lambda *a, **b: 0, lambda: 0, \\
-    dist.destroy_process_group
-for flags in {flags!r}:
-    sys.argv = ["evaluate", *flags, "--out", {str(tmp_path / "two")!r}]
-    run.main()
-end()
-""")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         script], capture_output=True, text=True, cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1",
-             "CUDA_VISIBLE_DEVICES": ""})
+    script.write_text("from sliming.evaluation import benchmarks\n"
+                      "from sliming.evaluation.run import main\n"
+                      "benchmarks.BENCHMARKS['tabmwp'].answer_tokens = 4\n")
+    done = run_train(*([*one, "--out", tmp_path / "two"] for one in flags), program=script, ranks=2,
+                     cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "".join(alone)  # one rank reports; the same numbers
     assert "4/4" in done.stderr  # its share of seven questions
