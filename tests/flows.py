@@ -36,19 +36,16 @@ def run_train(*commands, program=ROOT / "train.py", ranks=None, limit=None, cwd=
     """train.py, or the `main` of another file, with each command line (a list of flags) in turn, in
     a process of its own, or in `ranks` as torchrun starts them; on the CPU unless `environment`
     shows it GPUs. `limit` bounds the size of files in bytes."""
-    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", **environment}
-    commands = [[str(flag) for flag in command] for command in commands]
     with tempfile.TemporaryDirectory() as folder:
-        processes = []
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = str(free.getsockname()[1])
+        processes = []
         for rank in map(str, range(ranks or 1)):
             told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(ranks),
                     "MASTER_ADDR": "localhost", "MASTER_PORT": port} if ranks else {}
-            processes.append(SERVER.Process(target=child, args=(
-                str(program), commands, {**environment, **told}, str(cwd), limit, folder)))
-            processes[-1].start()
+            processes.append(begin(*commands, program=program, folder=folder, cwd=cwd, limit=limit,
+                                   **environment, **told))
         deadline = time.monotonic() + 300
         while any(process.is_alive() for process in processes):
             if any(process.exitcode for process in processes) or time.monotonic() > deadline:
@@ -60,8 +57,19 @@ def run_train(*commands, program=ROOT / "train.py", ranks=None, limit=None, cwd=
     return SimpleNamespace(returncode=next(filter(None, codes), 0), stdout=out, stderr=err)
 
 
+def begin(*commands, folder, program=ROOT / "train.py", cwd=ROOT, limit=None, **environment):
+    """Starts one process of `run_train`, whose output and errors go to the files out and err in
+    `folder`."""
+    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", **environment}
+    commands = [[str(flag) for flag in command] for command in commands]
+    process = SERVER.Process(target=child, args=(str(program), commands, environment, str(cwd),
+                                                 limit, str(folder)))
+    process.start()
+    return process
+
+
 def child(program, commands, environment, cwd, limit, folder):
-    """What a process of `run_train` does; its output and errors go to files in `folder`."""
+    """What such a process does."""
     for name, number in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()

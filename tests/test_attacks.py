@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flows import ENVIRONMENT, ROOT, until
+from flows import ENVIRONMENT, ROOT, run_train, until
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -445,15 +445,15 @@ def test_a_folder_that_holds_something_is_not_written(saved, tmp_path, monkeypat
 @posix
 @pytest.mark.parametrize("how", ["model.save_pretrained({})", "released.export(model, Path({}))"])
 def test_a_full_disk_names_the_file(saved, tmp_path, how):
-    script = ("import sys, resource, signal\n"
-              "from pathlib import Path; from sliming.checkpoints import released\n"
-              "from sliming.model import SliME; from sliming.guard import one_line\n"
-              "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-              "model = SliME.from_pretrained(sys.argv[1])\n"
-              "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-              "with one_line('save'): " + how.format("sys.argv[2]"))
-    done = subprocess.run([sys.executable, "-c", script, saved, tmp_path / "c"], cwd=ROOT,
-                          capture_output=True, text=True)
+    script = tmp_path / "script.py"
+    script.write_text("import sys, signal\n"
+                      "from pathlib import Path; from sliming.checkpoints import released\n"
+                      "from sliming.model import SliME; from sliming.guard import one_line\n"
+                      "def main():\n"
+                      "    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+                      "    model = SliME.from_pretrained(sys.argv[1])\n"
+                      "    with one_line('save'): " + how.format("sys.argv[2]"))
+    done = run_train([saved, tmp_path / "c"], program=script, limit=1 << 20)
     assert done.stderr.count("\n") == 1
     assert "model.safetensors" in done.stderr and "save: [Errno" in done.stderr
     if how.startswith("model"):

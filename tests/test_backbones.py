@@ -66,8 +66,9 @@ def test_buffers_keep_their_precision(model, tmp_path, door):
     """Rotary frequencies, positions, pixel statistics: whatever the way into a model in bfloat16,
     they are as in float32."""
     if door == "sharded":
-        results = multiprocessing.get_context("spawn").SimpleQueue()
-        multiprocessing.spawn(sharded, (tmp_path / "store", results), nprocs=2)
+        results = multiprocessing.get_context("forkserver").SimpleQueue()
+        multiprocessing.start_processes(sharded, (tmp_path / "store", results), nprocs=2,
+                                         start_method="forkserver")
         found = [results.get() for _ in range(4)]
     elif door == "lora":
         pytest.importorskip("peft")

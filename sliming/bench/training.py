@@ -116,7 +116,8 @@ def trained(config: TrainConfig, stage: int, device: torch.device) -> list[dict]
     return rows
 
 
-def full_size(device: torch.device, build: Callable[[], SliME], steps: int = 6) -> None:
+def full_size(device: torch.device, build: Callable[[], SliME], steps: int = 6,
+              batch: int = 16) -> None:
     """Stages I, II, III and III with LoRA of the model that `build` makes, on images of 4 x 3
     crops: tokens per second, data aside, MFU without recomputation, peak memory."""
     lines = []
@@ -137,7 +138,7 @@ def full_size(device: torch.device, build: Callable[[], SliME], steps: int = 6) 
                 torch.cuda.reset_peak_memory_stats(device)
             rows = trained(TrainConfig(preset=preset, init_from=folder, data=[str(records)],
                                        images=folder, out=f"{folder}/{preset}", shard="none",
-                                       batch_size=16, max_steps=steps), stage, device)
+                                       batch_size=batch, max_steps=steps), stage, device)
             seconds = statistics.median(row["seconds"] - row["waited"] for row in rows[1:])
             peak = peak_flops(device) or math.nan
             lines.append([f"{stage}{' LoRA' if 'lora' in preset else ''}",
@@ -145,4 +146,4 @@ def full_size(device: torch.device, build: Callable[[], SliME], steps: int = 6) 
                           f"{100 * rows[-1]['flops'] / seconds / peak:.1f} %".replace("nan %", "-"),
                           f"{peak_memory(device):.1f}"])
     show("8B shapes, 4 layers of tower and language model, bfloat16, activations recomputed, "
-         "global batch 16", ["stage", "tokens/s", "MFU", "peak GB"], lines)
+         f"global batch {batch}", ["stage", "tokens/s", "MFU", "peak GB"], lines)

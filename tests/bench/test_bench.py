@@ -136,7 +136,7 @@ def test_whole_training_steps_run(model, tmp_path, capsys, monkeypatch):
     model.save_pretrained(tmp_path)
     assert busy.training_seconds(str(tmp_path), 1) > 0
     monkeypatch.setattr(training, "picture", lambda *_: timing.picture(64, 64))
-    training.full_size(CPU, lambda: model, 2)
+    training.full_size(CPU, lambda: model, 2, 2)
     rows = capsys.readouterr().out.splitlines()[-4:]
     assert [row.split("  ")[0] for row in rows] == ["1", "2", "3", "3 LoRA"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flows import ENVIRONMENT, ROOT, losses, run_train, stop_after, until
+from flows import ENVIRONMENT, ROOT, begin, losses, run_train, stop_after, until
 
 import train
 from sliming.checkpoints.states import States, discard
@@ -47,19 +47,16 @@ def rows(folder):
 
 def killed_often(start, out, save_every, kills, seed=0):
     """Starts the run and kills it at a random moment, `kills` times; then lets it finish."""
-    rng = random.Random(seed)
-    command = [sys.executable, str(ROOT / "train.py"), *flags(start, out, save_every)]
+    rng, command = random.Random(seed), flags(start, out, save_every)
     for kill in range(kills):
-        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
+        process = begin(command, folder=out.parent)
         target = min(STEPS - 3, (kill + 1) * (STEPS - 2) // (kills + 1))
-        until(lambda: rows(out) >= target or process.poll() is not None)  # noqa: B023
+        until(lambda: rows(out) >= target or not process.is_alive())  # noqa: B023
         # With a state after every step, most moments lie in a step or in its saving.
         time.sleep(rng.random() * 0.15)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        process.kill()
+        process.join()
+    done = run_train(command)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

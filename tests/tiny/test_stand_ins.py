@@ -27,7 +27,7 @@ def probe_data(tower, key, pictures):
 def test_the_tower_reads_labels_in_a_crop():
     """A linear read-out of the frozen features, fitted on some pictures, reads others."""
     tower = SliME.from_backbones(PRESETS["tiny"].model).vision
-    features, labels = probe_data(tower, 0, 400)
+    features, labels = probe_data(tower, 0, 200)
     fresh, truth = probe_data(tower, 1, 60)
     for head in ("tens", "ones", "letter", "colour"):
         shown, there = labels[head] > 0, truth[head] > 0
@@ -64,6 +64,7 @@ def test_the_stand_ins_can_be_made_again(tmp_path, monkeypatch, capsys):
     """Two steps of each, written and read back."""
     monkeypatch.setattr(pretrain, "VISION_STEPS", 2)
     monkeypatch.setattr(pretrain, "LLM_STEPS", 2)
+    monkeypatch.setattr(pretrain, "lookup_accuracy", lambda *_: {"slot numbers": 0.0})
     pretrain.pretrain(tmp_path, seed=0)
     assert re.findall("(vision|llm) step +1 ", capsys.readouterr().out) == ["vision", "llm"]
     for name in ("vision", "llm"):
