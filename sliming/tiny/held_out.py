@@ -34,7 +34,7 @@ def held_out(family: str, index: int, across_seams: bool = False,
     `image`: what to show of it, if there already."""
     scene, rng = held_out_scene(index, across_seams)
     ask = pictures.global_questions if family == "global" else pictures.detail_questions
-    pool, chance = ask(scene), pictures.generator("held-out", 1, index, FAMILIES.index(family))
+    pool, chance = ask(scene), pictures.generator("held-out", 1, index, 1 + FAMILIES.index(family))
     return pictures.record(f"{family}-{index}",
                            pictures.render(scene, rng) if image is None else image,
                            [pool[chance.integers(len(pool))]])

@@ -298,7 +298,8 @@ _STREAMS = {"train": 1, "held-out": 2, "pretraining": 3}  # disjoint random stre
 
 
 def generator(split: str, *key: int) -> np.random.Generator:
-    """The random stream of one sample; other splits and keys have disjoint ones (SeedSequence)."""
+    """The random stream of one sample; other splits and keys have disjoint ones (SeedSequence), but
+    for zeros at a key's end, which count nothing."""
     return np.random.default_rng([_STREAMS[split], *key])
 
 

@@ -1,5 +1,6 @@
 """The built-in question set: honest pictures, one answer each, disjoint and repeatable streams."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from sliming.slicer import slice_image
 from sliming.tiny import pictures
-from sliming.tiny.held_out import held_out
+from sliming.tiny.held_out import held_out, held_out_scene
 from sliming.tiny.pictures import CROP, DETAIL_PROMPTS, TrainingSet, render
 
 
@@ -98,6 +99,19 @@ def test_samples_are_repeatable_and_streams_are_disjoint():
     assert all(key(a)[0] == key(b)[0] != key(looks[0])[0]
                for a, b in list(zip(glances, looks, strict=True))[1:])
     assert not {key(a)[1] for a in glances} & {key(b)[1] for b in looks}
+
+
+def test_what_is_asked_does_not_hang_on_what_is_shown():
+    """Any question about a picture has an equal chance: its choice has a stream of its own."""
+    first, expected = Counter(), Counter()
+    for index in range(300):
+        scene, _ = held_out_scene(index)
+        asked = held_out("global", index)["conversations"][0]["value"]
+        every = [question for question, _ in pictures.global_questions(scene)]
+        first[scene.kind] += asked.endswith(every[0])
+        expected[scene.kind] += 1 / len(every)
+    for kind, mean in expected.items():
+        assert abs(first[kind] - mean) < 4 * mean**0.5, kind
 
 
 def test_stages_ask_as_the_paper_says():
