@@ -173,7 +173,7 @@ def main() -> None:
               "Train it with: python train.py\n")
         torch.manual_seed(0)
         model = SliME.from_backbones(PRESETS["tiny"].model).eval()
-    tour(model, arguments.image or render(*held_out_scene(39)), arguments.prompt,
+    tour(model, arguments.image or render(*held_out_scene(134)), arguments.prompt,
          arguments.out)
     print(f"wrote {arguments.out}")
 

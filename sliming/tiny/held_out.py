@@ -23,8 +23,9 @@ FAMILIES = ("global", "detail")
 
 def held_out_scene(index: int, across_seams: bool = False
                    ) -> tuple[pictures.Scene, np.random.Generator]:
-    """Held-out picture `index`, a large one, and the stream that draws it."""
-    rng = pictures.generator("held-out", 1, index)
+    """Held-out picture `index`, a large one, and the stream that draws it, then chooses what is
+    asked about the whole."""
+    rng = pictures.generator("held-out", 0, index)
     return pictures.sample_scene(rng, across_seams=across_seams), rng
 
 
@@ -33,11 +34,11 @@ def held_out(family: str, index: int, across_seams: bool = False,
     """Held-out record `index` of the "global" or "detail" family: a question about that picture.
     `image`: what to show of it, if there already."""
     scene, rng = held_out_scene(index, across_seams)
-    ask = pictures.global_questions if family == "global" else pictures.detail_questions
-    pool, chance = ask(scene), pictures.generator("held-out", 1, index, 1 + FAMILIES.index(family))
-    return pictures.record(f"{family}-{index}",
-                           pictures.render(scene, rng) if image is None else image,
-                           [pool[chance.integers(len(pool))]])
+    picture, pool = pictures.render(scene, rng), pictures.global_questions(scene)
+    if family == "detail":
+        rng, pool = pictures.generator("held-out", 0, index, 1), pictures.detail_questions(scene)
+    return pictures.record(f"{family}-{index}", picture if image is None else image,
+                           [pool[rng.integers(len(pool))]])
 
 
 # ----------------------------------------------------------------------------------------- accuracy
