@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from flows import run_train
 from torch import multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -413,17 +414,14 @@ def test_what_a_gpu_gets_by_default(model, monkeypatch, tmp_path):
         prepare(model, TrainConfig(compile=True, bf16=True), 3, CPU)
 
 
-def test_the_tests_run_on_the_cpu(monkeypatch):
+def test_the_tests_run_on_the_cpu(tmp_path, monkeypatch):
     """Also on a machine with GPUs: neither they nor the processes that they start see one."""
-    import flows
     assert not torch.cuda.is_available()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    seen = {}
-    monkeypatch.setattr("subprocess.run", lambda command, env, **_: seen.update(env))
-    flows.run_train([])
-    assert seen["CUDA_VISIBLE_DEVICES"] == ""
-    flows.run_train([], CUDA_VISIBLE_DEVICES="1")
-    assert seen["CUDA_VISIBLE_DEVICES"] == "1"
+    script = tmp_path / "script.py"
+    script.write_text("import os\ndef main(): print(os.environ['CUDA_VISIBLE_DEVICES'])\n")
+    assert run_train([], program=script).stdout == "\n"
+    assert run_train([], program=script, CUDA_VISIBLE_DEVICES="1").stdout == "1\n"
 
 
 @pytest.mark.parametrize("kind, settings, named", [
