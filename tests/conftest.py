@@ -25,9 +25,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """With pytest -n, which pytest-xdist brings: tests that share what they make go together."""
-    if getattr(config.option, "dist", "no") == "load":
-        config.option.dist, config.option.loadscopereorder = "loadgroup", False
+    """With pytest -n, which pytest-xdist brings: tests are begun in their order."""
+    config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items):

@@ -14,8 +14,6 @@ from sliming.config import PRESETS, SHARDING
 from sliming.model import SliME
 from sliming.tiny.pictures import TrainingSet
 
-pytestmark = pytest.mark.xdist_group("config")  # what tests share is made once
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -11,8 +11,6 @@ from sliming.config import PRESETS
 from sliming.model import SliME
 from sliming.tiny.pictures import TrainingSet
 
-pytestmark = pytest.mark.xdist_group("sharding")  # what tests share is made once
-
 MODES = ["none", "grads", "params", "offload"]
 
 

@@ -14,8 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "theory"))  # scrip
 import bilinear as lab  # noqa: E402
 import pictures  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("theory")  # what tests share is made once
-
 OTHER = lab.Setting(c=0.2, eta=0.3, tau0=-1e-4, nu0=1.05, d=4, seed=3)
 BLUE, RED, DARK = "#0072b2", "#d55e00", "#222222"
 COLOURS = {"gd": BLUE, "sequential": "#56b4e9", "ao": RED, "over-relaxed": "#e69f00",

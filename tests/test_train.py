@@ -19,8 +19,6 @@ from sliming.model import SliME
 from sliming.tiny.held_out import ASKED
 from sliming.trainer import learning_rate_scale, train_stage
 
-pytestmark = pytest.mark.xdist_group("train")  # what tests share is made once
-
 CPU = torch.device("cpu")
 
 

@@ -22,8 +22,6 @@ from sliming.model import SliME
 from sliming.trainer import train_stage
 from sliming.watch import cut_metrics
 
-pytestmark = pytest.mark.xdist_group("states")  # what tests share is made once
-
 STEPS = 20
 
 

@@ -13,7 +13,7 @@ from sliming.page.page import explain, floats
 from sliming.router import relevance, select
 from sliming.tiny.held_out import held_out
 
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.browser
 QUESTIONS = ("What number is on the red bar?", "<script>document.title = 'gone'</script>?",
              "How many bars are there?")
 GAMMAS = [number / 20 for number in range(1, 21)]
