@@ -17,6 +17,7 @@ import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -102,7 +103,8 @@ def until(holds, seconds=120):
 def in_process(main, *arguments, cwd=ROOT, typed=""):
     """A program's `main` in this process: code, output and errors as a process of its own gives."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+    with (pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ),
+          redirect_stdout(out), redirect_stderr(err)):
         patch.chdir(cwd)
         patch.setattr(sys, "argv", ["program", *map(str, arguments)])
         patch.setattr(sys, "stdin", io.StringIO(typed))

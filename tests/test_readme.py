@@ -53,9 +53,9 @@ def train(work, **environment):
 
 
 def test_three_stages_reach_their_accuracy(tmp_path):
-    """Thresholds: three standard errors (1.1 points at 94 % of 512) below the README's numbers. The
-    order of sums on other processors and threads makes another training of the same seed: two gave
-    93.8 and 94.1 % (global), 93.0 and 95.1 % (detail)."""
+    """Thresholds lie below the README's numbers (standard error 1.1 points at 94 % of 512). The order
+    of sums on other processors and threads makes another training of the same seed: two gave 93.8
+    and 94.1 % (global), 93.0 and 95.1 % (detail)."""
     started, cores = time.monotonic(), os.cpu_count()
     beside = "PYTEST_XDIST_WORKER" in os.environ  # half of the cores are for other tests
     train(tmp_path, **{"OMP_NUM_THREADS": str(max(1, cores // 2))} if beside else {})
@@ -64,7 +64,7 @@ def test_three_stages_reach_their_accuracy(tmp_path):
     print({name: round(row["accuracy"], 3) for name, row in results.items()})
     accuracy = {name: row["accuracy"] for name, row in results.items()}
     assert all(row["n"] >= 500 for row in results.values())
-    assert accuracy["global_gamma_1"] >= 0.9 and accuracy["detail_gamma_1"] >= 0.9
+    assert accuracy["global_gamma_1"] >= 0.92 and accuracy["detail_gamma_1"] >= 0.92
     assert accuracy["detail_without_local"] <= 0.05
     assert abs(accuracy["detail"] - accuracy["detail_gamma_1"]) <= 0.02
     assert accuracy["detail_gamma_1"] - accuracy["detail_gamma_025"] <= 0.03

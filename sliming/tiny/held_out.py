@@ -34,11 +34,14 @@ def held_out(family: str, index: int, across_seams: bool = False,
     """Held-out record `index` of the "global" or "detail" family: a question about that picture.
     `image`: what to show of it, if there already."""
     scene, rng = held_out_scene(index, across_seams)
-    picture, pool = pictures.render(scene, rng), pictures.global_questions(scene)
-    if family == "detail":
+    if image is None or family == "global":  # whose question the picture's stream draws behind it
+        picture = pictures.render(scene, rng)
+        image = picture if image is None else image
+    if family == "global":
+        pool = pictures.global_questions(scene)
+    else:
         rng, pool = pictures.generator("held-out", 0, index, 1), pictures.detail_questions(scene)
-    return pictures.record(f"{family}-{index}", picture if image is None else image,
-                           [pool[rng.integers(len(pool))]])
+    return pictures.record(f"{family}-{index}", image, [pool[rng.integers(len(pool))]])
 
 
 # ----------------------------------------------------------------------------------------- accuracy

@@ -102,7 +102,7 @@ def test_samples_are_repeatable_and_streams_are_disjoint():
 
 
 def test_what_is_asked_does_not_hang_on_what_is_shown():
-    """Any question about a picture has an equal chance: its choice has a stream of its own."""
+    """Any question about a picture has an equal chance."""
     first, expected = Counter(), Counter()
     for index in range(300):
         scene, _ = held_out_scene(index)
