@@ -81,9 +81,8 @@ def child(program, commands, environment, cwd, limit, folder):
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     main = runpy.run_path(program)["main"]
-    begin, destroy = dist.init_process_group, dist.destroy_process_group  # once for all commands
-    dist.init_process_group = lambda *how, **more: (
-        dist.is_initialized() or begin(*how, **more))
+    join, destroy = dist.init_process_group, dist.destroy_process_group  # once for all commands
+    dist.init_process_group = lambda *how, **more: dist.is_initialized() or join(*how, **more)
     dist.destroy_process_group = lambda: None
     for command in commands:
         sys.argv = [Path(program).name, *command]
