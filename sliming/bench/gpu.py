@@ -3,7 +3,8 @@ its own with a time limit, and its output is in OUT when it ends, whatever those
 
     kernels      the compiled kernels' tests
     attention    copy bandwidth, the best SDPA, FlexAttention, the released way
-    train        stages I, II, III and LoRA on 8B shapes: tokens/s, MFU, memory
+    train        stages I, II, III and LoRA on 8B shapes, compiled, too: tokens/s, MFU, memory
+    sharded      the same as the presets divide it, in a process group (NCCL) of one
     inference    crops/s, time to the first token, tokens/s for one and several questions
     precision    bfloat16 beside float32 logits at positions beyond 2,000
     tiny         the tiny preset's three stages in float32 and in bfloat16, with accuracies
@@ -28,7 +29,9 @@ PARTS = {  # seconds at most, command; {out} is the folder
     "kernels": (240, [PYTHON, "-m", "pytest", "-q", "-k", "not interpreter and not kernels_compile",
                       "tests/test_fused_attention.py"]),
     "attention": (220, [PYTHON, "-m", "sliming.bench", "--what", "attention", "--out", "{out}"]),
-    "train": (90, [PYTHON, "-m", "sliming.bench", "--what", "train"]),
+    "train": (240, [PYTHON, "-m", "sliming.bench", "--what", "train"]),
+    "sharded": (240, [PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", "1",
+                      "-m", "sliming.bench", "--what", "train"]),
     "inference": (60, [PYTHON, "-m", "sliming.bench", "--what", "inference"]),
     "precision": (30, [PYTHON, "-m", "sliming.bench.gpu"]),
     "tiny": (90, [PYTHON, "train.py", "--out", "{out}/tiny", "--resume", "never"]),

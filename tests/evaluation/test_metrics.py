@@ -172,7 +172,7 @@ RISES = {"A": "falls", "B": "income rises"}
 VISTA = {"question_type": "free_form", "answer_type": "integer", "choices": None}
 
 
-@pytest.mark.parametrize("benchmark, prediction, references, context, expected", [
+@pytest.mark.parametrize("name, prediction, references, context, expected", [
     ("textvqa", "The 2 Dogs!", ["two dogs"] * 10, {}, 1.0),
     ("textvqa", "dont", ["don't"] * 3 + ["do"] * 7, {}, 0.9),
     # What touches a space is decided before anything is replaced.
@@ -216,8 +216,8 @@ VISTA = {"question_type": "free_form", "answer_type": "integer", "choices": None
     ("mmmu", "so the net income rises", "A", {"index2ans": RISES, "id": "4"}, 1.0),
     ("mmmu", "nothing of the kind", "A", {"index2ans": {"A": "x"}, "id": "1"}, 1.0),  # a guess
 ])
-def test_rules(benchmark, prediction, references, context, expected):
-    assert score(benchmark, prediction, references, context) == pytest.approx(expected, abs=1e-9)
+def test_rules(name, prediction, references, context, expected):
+    assert score(name, prediction, references, context) == pytest.approx(expected, abs=1e-9)
 
 
 def test_arithmetic_of_answers():
