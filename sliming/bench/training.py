@@ -122,7 +122,8 @@ def full_size(device: torch.device, build: Callable[[], SliME], steps: int = 6,
               batch: int = 16) -> None:
     """Stages I, II, III and III with LoRA of the model that `build` makes, on images of 4 x 3
     crops: tokens per second, data aside, MFU without recomputation, peak memory. Under torchrun
-    the presets divide it as they say. On a GPU the language model's layers are compiled, too."""
+    the presets divide it as they say; else, on a GPU, the language model's layers are compiled, too.
+    """
     ranks.start(device, sharded=True)
     shard = None if dist.is_initialized() else "none"
     lines = []
@@ -138,7 +139,7 @@ def full_size(device: torch.device, build: Callable[[], SliME], steps: int = 6,
         records.write_text(json.dumps([{"image": "a.png", "conversations": turns}]))
         rows = [(1, "llama3-8b", False), (2, "llama3-8b", False), (3, "llama3-8b", False),
                 (3, "llama3-8b-lora", False)]
-        rows += [(*row[:2], True) for row in rows[2:]] if device.type == "cuda" else []
+        rows += [(*row[:2], True) for row in rows[2:]] if device.type == "cuda" and shard else []
         for stage, preset, compiled in rows:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
