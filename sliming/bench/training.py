@@ -122,8 +122,8 @@ def full_size(device: torch.device, build: Callable[[], SliME], steps: int = 6,
               batch: int = 16) -> None:
     """Stages I, II, III and III with LoRA of the model that `build` makes, on images of 4 x 3
     crops: tokens per second, data aside, MFU without recomputation, peak memory. Under torchrun
-    the presets divide it as they say; else, on a GPU, the language model's layers are compiled, too.
-    """
+    the presets divide it as they say; else, on a GPU, layers of the language model are compiled,
+    too."""
     ranks.start(device, sharded=True)
     shard = None if dist.is_initialized() else "none"
     lines = []
