@@ -231,7 +231,7 @@ def chart(results: dict, bars: list[tuple[str, str]], printed: dict, title: str,
         for name, view in bars])
     here.invert_yaxis()
     here.set(xlabel="exact match in %, 95 % intervals", title=title, xlim=(0, 100))
-    here.legend()
+    figure.legend(loc="outside upper left", ncols=2)
     paper.set(xlabel="ScienceQA, TextVQA (orange)", title="as the paper prints")
     for axes in (here, paper):
         axes.grid(alpha=0.3)
@@ -258,7 +258,9 @@ def frontier(results: dict, path: Path) -> None:
                           label=label)
     axes.set(xlabel="visual tokens per image", ylabel="exact match in %, global and detail",
              xscale="log", ylim=(0, 100))
-    axes.grid(alpha=0.3, which="both")
+    axes.set_xticks(ticks := (64, 100, 150, 200, 300, 400), ticks)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
