@@ -53,7 +53,7 @@ def draw(model: nn.Module, sample: Sample, gamma: float | None, answer: str, pat
         grid = int(len(gates) ** 0.5)
         gated.imshow(slices.global_view.permute(1, 2, 0).numpy(), extent=(0, grid, grid, 0))
         heat = gated.imshow(gates[:, 0].view(grid, grid).cpu().numpy(),     # [L] -> [grid, grid]
-                            cmap="viridis", alpha=0.6, extent=(0, grid, grid, 0))
+                            cmap="viridis", vmin=0, vmax=1, alpha=0.6, extent=(0, grid, grid, 0))
         gated.set_title("Global view: weight of the MLP\n(the rest is the query former's)")
         figure.colorbar(heat, ax=gated, shrink=0.8)
         for panel in (cut, routed, gated):

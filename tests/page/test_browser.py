@@ -1,5 +1,6 @@
 """The page's own script, in a real browser: Debian's packages chromium and chromium-driver."""
 
+import re
 import shutil
 
 import pytest
@@ -178,6 +179,7 @@ def test_layers(page, made):
         page.execute_script("document.querySelector(`[value=${arguments[0]}]`).click()", name)
         looks.add(page.execute_script("return map.toDataURL()"))
     assert len(looks) == 4
+    assert re.findall(r"[.\d]+", text(page, "#legend")) == ["0.000", "1.000"]  # of all gates alike
     point(page, find(page, "#map")[0], 0.01, 0.01)
     with torch.no_grad():
         gates = made[1].see(Batch.pack([made[2][0].first])).gates[0, 0]
