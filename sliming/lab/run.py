@@ -68,7 +68,7 @@ class Setting:
     test: int = 256
 
 
-QUICK = Setting(steps=(80, 80, 60), pictures=(256, 256, 256), rates=(2.0,), test=64)
+QUICK = Setting(steps=(70, 70, 50), pictures=(256, 256, 256), rates=(2.0,), test=64)
 
 
 @dataclass(frozen=True)
