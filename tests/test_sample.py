@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 from flows import ENVIRONMENT, ROOT, in_process
+from matplotlib.figure import Figure
 from PIL import Image
 
 from sliming.config import PRESETS
@@ -35,6 +36,15 @@ def test_answer_and_explanation(folder):
     assert done.returncode == 0 and done.stdout.endswith("\n"), done.stderr
     with Image.open(folder / "look.png") as picture:
         assert picture.width >= 1200 and np.asarray(picture.convert("L")).std() > 20
+
+
+def test_weights_of_a_gate_have_the_same_colours_in_every_picture(folder, monkeypatch):
+    scales, plain = [], Figure.colorbar
+    monkeypatch.setattr(Figure, "colorbar", lambda figure, drawn, **options: (
+        scales.append(drawn.get_clim()), plain(figure, drawn, **options)))
+    run("--image", "picture.png", "--prompt", "How many?", "--explain", "look.png",
+        "--max-new-tokens", 1, cwd=folder)
+    assert scales == [(0, 1)]
 
 
 def test_a_page_of_several_questions_and_of_a_conversation(folder):

@@ -79,19 +79,21 @@ function layer() {
   const [columns, rows] = seen().grid, {side, patches} = shown.model;
   if (state.layer === "gate") {
     const edge = Math.round(Math.sqrt(patches));
-    return {across: edge, down: edge, values: routed().gates[0], ends: [0, 1], name: "weight of the MLP"};
+    return {across: edge, down: edge, values: routed().gates[0], name: "weight of the MLP"};
   }
   const values = word() === null ? routed().scores : routed().cosines[word()];
   let name = shown.model.score === "mean" ? "mean cosine with all words" : "sum of the cosines with all words";
   if (word() === null && shown.model.temperature !== 1) name += ` / ${shown.model.temperature}`;
   if (word() !== null) name = `cosine with “${asked().words[word()].trim()}”`;
-  return {across: columns * side, down: rows * side, values, ends: range(values), name};
+  return {across: columns * side, down: rows * side, values, name};
 }
 function range(values) {
   let low = Infinity, high = -Infinity;
   for (const value of values) { low = Math.min(low, value); high = Math.max(high, value); }
   return [low, high];
 }
+// Of the colours: weights of a gate are shares, and look alike in every picture.
+const ends = values => state.layer === "gate" ? [0, 1] : range(values);
 
 // ---- the image and its layers -------------------------------------------------------------------------------
 const LAYERS = {relevance: "Relevance", kept: "What is kept", crops: "Crops", gate: "Gate"};
@@ -105,7 +107,7 @@ const map = $("map"), pen = map.getContext("2d");
 
 function paint() {
   const picture = pictures[state.image][state.layer === "gate" ? "view" : "canvas"];
-  const {across, down, values, ends} = layer(), [columns, rows] = seen().grid;
+  const {across, down, values} = layer(), [columns, rows] = seen().grid;
   // As wide as the page lets it be, and no higher than most of the window.
   const room = $("frame").clientWidth, tall = Math.max(320, 0.78 * innerHeight);
   const width = Math.round(Math.min(room, tall * across / down)), height = Math.round(width * down / across);
@@ -122,7 +124,7 @@ function paint() {
   const box = at => [x(at % across), y(Math.floor(at / across)), x(at % across + 1) - x(at % across),
                      y(Math.floor(at / across) + 1) - y(Math.floor(at / across))];
   const kept = state.layer === "gate" ? null : select(routed().order, routed().weights, state.gamma);
-  const [low, high] = ends;
+  const [low, high] = ends(values);
   for (let at = 0; at < across * down; at++) {
     if (state.layer !== "crops" && state.layer !== "kept" && Number.isFinite(values[at])) {
       const alpha = kept && !kept[at] ? 0.5 : 0.62;
@@ -177,8 +179,8 @@ function paint() {
 
 // ---- beside the image -----------------------------------------------------------------------------------------
 function describe() {
-  const {crop, side, patches} = shown.model, [columns, rows] = seen().grid, {ends, name} = layer();
-  const [low, high] = ends, coloured = state.layer === "relevance" || state.layer === "gate";
+  const {crop, side, patches} = shown.model, [columns, rows] = seen().grid, {values, name} = layer();
+  const [low, high] = ends(values), coloured = state.layer === "relevance" || state.layer === "gate";
   fill("legend", ...(coloured && Number.isFinite(low)
     ? [fixed(low, 3), make("span", {class: "bar"}), fixed(high, 3), make("span", {}, name)]
     : [{kept: "clear: kept · veiled: dropped", crops: `${columns} × ${rows} crops, row by row`}[state.layer] ?? ""]));
