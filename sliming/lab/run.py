@@ -309,18 +309,23 @@ def make(folder: Path, setting: Setting, split: str, chunk: int) -> dict:
 
 def in_child(pipe: connection.Connection, log: Path, task: Callable, arguments: tuple) -> None:
     """Runs one task; what it prints goes to a file. Ends when the parent does."""
+    done = threading.Event()
+
     def follow() -> None:
         try:
             pipe.recv()
         except (EOFError, OSError):
-            os._exit(1)
+            if not done.is_set():  # else this process ends by itself, and leaves nothing behind
+                os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(1)
     with open(log, "w") as file:
         sys.stdout = sys.stderr = file
         try:
-            pipe.send(task(*arguments))
+            result = task(*arguments)
+            done.set()
+            pipe.send(result)
         except Exception:
             traceback.print_exc()
 

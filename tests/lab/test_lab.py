@@ -2,8 +2,11 @@
 
 import json
 import runpy
+import time
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +221,25 @@ def test_a_killed_run_goes_on_and_comes_out_the_same(tmp_path):
     with pytest.raises(InputError, match="no setting.json"):
         run.run(cut, SMALL, names, 2, 1)
     assert (cut / "results.jsonl").read_text().splitlines() == rows
+
+
+def ends_late():
+    Finalize(None, time.sleep, (0.5,), exitpriority=0)
+    return "done"
+
+
+def test_a_process_that_is_done_ends_by_itself(tmp_path):
+    """Ended by its watch instead, as it is when the parent dies, it left semaphores behind, of
+    which Python warns when the program ends."""
+    context = get_context("forkserver")
+    here, there = context.Pipe()
+    process = context.Process(target=run.in_child, args=(there, tmp_path / "log", ends_late, ()))
+    process.start()
+    there.close()
+    assert here.recv() == "done"
+    here.close()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_seed_0_chooses_the_rate_of_the_others():
