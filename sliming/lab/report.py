@@ -176,10 +176,15 @@ def markdown(header: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def tables(results: dict) -> str:
-    """The README's tables."""
+def verdicts(results: dict) -> str:
+    """The claims, as a table."""
     claims = [[one["claim"], one["paper"], ", ".join(points(d, True) for d in one["differences"]),
                one["verdict"]] for one in results["claims"]]
+    return markdown(["claim", "paper", "difference in points, 95 %", "verdict"], claims)
+
+
+def tables(results: dict) -> str:
+    """The README's tables."""
     arms, views = [], []
     for name, arm in results["arms"].items():
         first, scores = ARMS[name].asked[0], arm["scores"]
@@ -194,7 +199,7 @@ def tables(results: dict) -> str:
                                          for family in ("global", "detail")
                                          for view in ARMS[name].asked)])
     return "\n\n".join((
-        markdown(["claim", "paper", "difference in points, 95 %", "verdict"], claims),
+        verdicts(results),
         markdown(["arm", "what", "global", "detail", "difference, all (to)", "tokens per image",
                   "ms per step, at least", "GB", "rate", "seeds"], arms),
         markdown(["asked with", "global: both", "only global", "only local", "detail: both",

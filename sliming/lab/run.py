@@ -254,7 +254,7 @@ def train_and_ask(folder: Path, setting: Setting, job: Job, device: str = "cpu")
     out = Path(tempfile.mkdtemp(prefix=f"{job.arm}-", dir=folder / "work"))
     shared = folder / "work" / f"begun-{job.seed}-{rate}"  # stages I and II of all `late` arms
     # Where losses are watched, all of it is trained.
-    done = take_over(shared, out, arm) if arm.late and kind is arm.kind else 0
+    done = take_over(shared, out) if arm.late and kind is arm.kind else 0
     curves = []
     for n, turn in enumerate(arm.turns, 1):
         if n > done:
@@ -278,13 +278,15 @@ def train_and_ask(folder: Path, setting: Setting, job: Job, device: str = "cpu")
     return row
 
 
-def take_over(shared: Path, out: Path, arm: Arm) -> int:
-    """Copies stages that another arm has trained, if it has: how many."""
+def take_over(shared: Path, out: Path) -> int:
+    """Copies stages that another arm has trained, if it has: how many. That arm may have another
+    gamma."""
     if not shared.exists():
         return 0
     shutil.copytree(shared, out, dirs_exist_ok=True)
     path = out / "stage2" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | arm.settings))
+    gamma = {"gamma": PRESETS["lab"].model.gamma}
+    path.write_text(json.dumps(json.loads(path.read_text()) | gamma))
     return 2
 
 

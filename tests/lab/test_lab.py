@@ -20,6 +20,7 @@ from sliming.inputs import Batch
 from sliming.lab import arms, report, run
 from sliming.lab.arms import ARMS, END_TO_END, JOINED, THREE_STAGES
 from sliming.lab.run import Job, Pictures, Plan, Records, Setting
+from sliming.records import resume
 from sliming.slicer import Slices
 from sliming.tiny.pictures import TrainingSet, render
 
@@ -181,11 +182,12 @@ def test_stages_in_common_come_out_the_same(stages, tmp_path):
         return {key: value for key, value in row.items() if key not in ("ms_per_step", "memory_gb")}
 
     (tmp_path / "features").mkdir()
-    row(tmp_path / "shared", "default")
+    default = row(tmp_path / "shared", "default")
     assert (tmp_path / "shared" / "work" / "begun-1-1.0").is_dir()
     for name in ("gamma25", "random50", "merge25", "default-rare"):
         assert ARMS[name].late
         assert row(tmp_path / "shared", name) == row(tmp_path / name, name)
+    assert row(tmp_path / "gamma25", "default") == default  # of another gamma's beginning
     for arm in ARMS.values():  # that may take over
         assert not arm.late or arm.turns == THREE_STAGES and arm.settings.keys() <= {"gamma"}
 
@@ -306,8 +308,11 @@ def test_claims_name_arms_and_questions():
 
 def test_the_readme_says_what_the_results_say():
     folder = ROOT / "sliming" / "lab"
-    text = (folder / "README.md").read_text()
-    if (folder / "results.json").exists():
-        assert report.tables(json.loads((folder / "results.json").read_text())) in text
-    else:
-        assert "Not run yet" in text
+    text, results = (folder / "README.md").read_text(), {}
+    for name in ("rows", "again"):
+        setting = json.loads((folder / name / "setting.json").read_text())
+        results[name] = report.summary(resume(folder / name / "results.jsonl"), setting)
+    assert json.loads(json.dumps(results["rows"])) == json.loads(
+        (folder / "results.json").read_text())
+    assert report.tables(results["rows"]) in text
+    assert report.verdicts(results["again"]) in text
