@@ -231,8 +231,7 @@ def load_sample(record: dict, folder: Path | None, template: str, processor: Pro
         if limit == 0 or parts == "global":
             raise RecordError(f"{name}: {length} tokens with the fewest crops, the limit is "
                               f"{max_tokens}; shorten the conversation")
-    return Sample(text, [image if isinstance(image, Slices) else
-                         processor.slice(image, limit, parts) for image in opened])
+    return Sample(text, [processor.slice(image, limit, parts) for image in opened])
 
 
 # -------------------------------------------------------------------------------------------- order

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -234,11 +234,13 @@ def answer_file(model: Answering, questions: Path, folder: Path, answers: Path, 
     RecordError, with file and line, for a line that is no question and for an image that cannot be
     read; what is answered stays.
     """
+    slices = lru_cache(16)(model.processor.slice)  # questions about a picture often come together
+
     def read(question: tuple[int, dict]) -> Sample:
         line, record = question
         images = record.get("image") or []
         try:
-            images = [inside(folder, image)
+            images = [slices(inside(folder, image))
                       for image in (images if isinstance(images, list) else [images])]
             return model.processor.ask(images, record["text"])
         except (ValueError, OSError, TypeError) as error:

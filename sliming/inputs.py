@@ -123,9 +123,12 @@ class Processor:
         """(columns, rows) of an image by the model's rule, `max_crops` crops at most if given."""
         return choose_grid(width, height, **self.grid_rule(max_crops))
 
-    def slice(self, image: ImageSource, max_crops: int | None = None,
+    def slice(self, image: ImageSource | Slices, max_crops: int | None = None,
               parts: str = "both") -> Slices:
-        """Slices an image by the model's rules; see `slicer.slice_image`."""
+        """Slices an image by the model's rules, see `slicer.slice_image`; one that is sliced
+        already stays as it is."""
+        if isinstance(image, Slices):
+            return image
         return slice_image(self.open(image), global_view=self.config.global_view, parts=parts,
                            resize=self.config.resize, **self.grid_rule(max_crops))
 
@@ -145,7 +148,7 @@ class Processor:
         return {"rule": rule, "crop_size": self.crop_size, "max_crops": max_crops or c.max_crops,
                 "max_side": c.max_side if rule == "paper" else 6}
 
-    def prompt(self, conversation: list[dict], images: list[ImageSource]) -> Sample:
+    def prompt(self, conversation: list[dict], images: list[ImageSource | Slices]) -> Sample:
         """A conversation (see `chat.encode`) with its images. ValueError without a tokenizer."""
         if self.tokenizer is None:
             raise ValueError("this checkpoint came without tokenizer files: put its "
@@ -154,7 +157,8 @@ class Processor:
         text = encode(conversation, self.config.template, self.tokenizer)
         return Sample(text, [self.slice(image) for image in images])
 
-    def ask(self, image: ImageSource | list[ImageSource] | None, question: str) -> Sample:
+    def ask(self, image: ImageSource | Slices | list[ImageSource | Slices] | None,
+            question: str) -> Sample:
         """A question about an image, several images or none, as a prompt. Markers in the question
         are dropped."""
         images = [] if image is None else image if isinstance(image, list) else [image]
