@@ -33,7 +33,7 @@ def main() -> None:
     with only_one(folder) if is_main() else nullcontext():
         for stage in left_to_do(folder, wanted, config.resume):
             train_stage(config, stage, device)
-            if is_main() and config.eval_questions and config.preset == "tiny":
+            if config.eval_questions and config.preset == "tiny":
                 from sliming.tiny.held_out import evaluate
                 evaluate(folder / f"stage{stage}", stage, config.eval_questions, device)
         discard(folder, wanted)  # all is done: nothing to go on from, no picture to come back to

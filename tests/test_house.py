@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sliming import guard
+
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. Files of one floor do not import each other, but files of one folder may.
 FLOORS = ["guard",
@@ -87,6 +89,21 @@ def test_the_reading_path_is_small():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{name}: {node.name}"
+
+
+def test_ranks_of_torchrun_share_the_cores(monkeypatch):
+    """torchrun itself gives each of several one thread."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for flags, told, threads in (("--nproc_per_node 2", None, "4"), ("--nproc-per-node=16", None, "1"),
+                                 ("--nproc_per_node 2", "3", "3"), ("--nproc_per_node 1", None, None),
+                                 ("", None, None)):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if told:
+            monkeypatch.setenv("OMP_NUM_THREADS", told)
+        monkeypatch.setattr(sys, "argv", ["torchrun", *flags.split(), str(ROOT / "train.py")])
+        guard.in_torchrun()
+        assert os.environ.get("OMP_NUM_THREADS") == threads, flags
 
 
 def test_threads_wait_as_they_are_told_and_else_briefly():

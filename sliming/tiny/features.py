@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sliming.config import STAGES, TrainConfig
+from sliming.distributed import barrier, is_main, rank_and_world
 from sliming.guard import checksum, in_turn
 from sliming.model import SliME
 from sliming.slicer import Slices
@@ -78,7 +79,7 @@ class Features(Sequence):
         handle, temporary = tempfile.mkstemp(dir=self.path.parent)
         grids, places, known = [], [], {}  # known: pixels -> place
         pictures = iter(tqdm(pictures, self.path.stem.rpartition("-")[0], unit="picture",
-                             leave=False))
+                             leave=False, disable=not is_main()))
         with os.fdopen(handle, "wb") as file:
             while some := list(islice(pictures, BATCH)):
                 new = []
@@ -96,6 +97,7 @@ class Features(Sequence):
                     file.write(features.float().cpu().numpy().tobytes())
         os.replace(temporary, self.path)
         with open(temporary, "wb") as file:
+            grids = np.array(grids, np.int64).reshape(-1, 2)
             np.savez(file, grids=grids, places=places, checksum=checksum(self.path))
         os.replace(temporary, self.path.with_suffix(".npz"))
 
@@ -114,15 +116,25 @@ class Features(Sequence):
 
 @dataclass(frozen=True)
 class Pool:
-    """`TrainingSet`'s records with features in the place of their pictures."""
+    """`TrainingSet`'s records with features in the place of their pictures, which are dealt out to
+    `parts`."""
 
     records: TrainingSet
-    features: Features
+    parts: list[Features]
+
+    def place(self, index: int) -> tuple[Features, int]:
+        """The part that a record's picture is in, and where there."""
+        place, part = divmod(index % self.records.pool, len(self.parts))
+        return self.parts[part], place
+
+    def size(self, index: int) -> int:
+        """Crops of a record's picture, by which the ranks' shares are made alike."""
+        part, place = self.place(index)
+        return int(part.grids[place].prod())
 
     def __getitem__(self, index: int) -> dict:
-        scene, rng = self.records.scene(index)
-        return record(f"train-{self.records.stage}-{index}",
-                      self.features[index % self.records.pool],
+        (scene, rng), (part, place) = self.records.scene(index), self.place(index)
+        return record(f"train-{self.records.stage}-{index}", part[place],
                       self.records.turns(scene, rng, index))
 
 
@@ -137,7 +149,13 @@ def training_set(config: TrainConfig, stage: int, model: SliME,
     records = TrainingSet(stage, config.seed, recipe.pool)
     if recipe.shard != "none":  # a tower that is divided runs within the model only
         return records
-    pictures = (records[index]["image"] for index in range(recipe.pool))
-    features = Features(Path(config.out) / "features", f"stage{stage}-seed{config.seed}-"
-                        f"{recipe.pool}-pictures", pictures, model, parts)
-    return Pool(records, features)
+    folder, (rank, world) = Path(config.out) / "features", rank_and_world()
+
+    def part(number: int) -> Features:
+        pictures = (records[index]["image"] for index in range(number, recipe.pool, world))
+        return Features(folder, f"stage{stage}-seed{config.seed}-{recipe.pool}-pictures-{number}-"
+                        f"of-{world}", pictures, model, parts)
+
+    part(rank)  # each rank makes one
+    barrier()
+    return Pool(records, [part(number) for number in range(world)])

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sliming import watch
 from sliming.data import load_sample
-from sliming.distributed import reduce
+from sliming.distributed import rank_and_world, reduce
 from sliming.generate import exact_match
 from sliming.inputs import Batch
 from sliming.model import SliME
@@ -82,21 +82,22 @@ def held_out_accuracy(model: SliME, questions: int, parts: str = "both",
     model.eval()
     device = model.device
     counts = {name: [0, 0] for name in names}  # right answers, local tokens
-    starts, known = range(0, questions, batch_size), None
+    starts, known = range(0, questions, batch_size)[rank::world], None
+    own = [i for start in starts for i in range(start, min(start + batch_size, questions))]
     if folder is not None:
-        images = (pictures.render(*held_out_scene(i, across_seams)) for i in range(questions))
-        name = f"held-out-{questions}-pictures{'-across-seams' * across_seams}"
+        images = (pictures.render(*held_out_scene(i, across_seams)) for i in own)
+        name = f"held-out-{questions}-pictures-{rank}-of-{world}{'-across-seams' * across_seams}"
         known = Features(folder, name, images, model, parts)
 
     def show(index: int) -> Slices:
         if known is not None:
-            return known[index]
+            return known[own.index(index)]
         picture = pictures.render(*held_out_scene(index, across_seams))
         return model.processor.slice(picture, None, parts)
 
     # The random tokens have a seed per batch; the training's own stream goes on as if not used.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for start in tqdm(starts[rank::world], desc="held-out questions", unit="batch",
+        for start in tqdm(starts, desc="held-out questions", unit="batch",
                           leave=False, disable=rank > 0):
             shown = {i: show(i) for i in range(start, min(start + batch_size, questions))}
             features = None
@@ -138,13 +139,14 @@ def add_batch(counts: dict[str, list], model: SliME, batch: Batch,
 
 
 def evaluate(folder: Path, stage: int, questions: int, device: torch.device) -> None:
-    """Asks the checkpoint that a stage has left in `folder` about held-out pictures, and writes
-    eval.json there."""
-    model = SliME.from_pretrained(folder).to(device)
-    results = held_out_accuracy(model, questions, "global" if stage == 1 else "both",
-                                folder=folder.parent / "features", names=ASKED[stage])
-    (folder / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
-    watch.say(table(results))
+    """Asks the checkpoint that a stage has left in `folder` about held-out pictures, which the
+    ranks share, and writes eval.json there."""
+    model, (rank, world) = SliME.from_pretrained(folder).to(device), rank_and_world()
+    results = held_out_accuracy(model, questions, "global" if stage == 1 else "both", rank=rank,
+                                world=world, folder=folder.parent / "features", names=ASKED[stage])
+    if rank == 0:
+        (folder / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+        watch.say(table(results))
 
 
 def table(results: dict[str, dict]) -> str:

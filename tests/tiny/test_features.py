@@ -1,12 +1,15 @@
 """Features of built-in pictures, made once: same learning and answers; the tower runs no more."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from flows import losses, run_train
 
-from sliming.config import STAGES, TrainConfig
+from sliming.config import PRESETS, STAGES, TrainConfig
 from sliming.inputs import Batch
+from sliming.model import SliME
 from sliming.tiny.features import Features
 from sliming.tiny.held_out import held_out_accuracy
 from sliming.tiny.pictures import TrainingSet
@@ -113,11 +116,23 @@ def test_a_damaged_file_is_made_anew(model, views, tmp_path, capsys, suffix, dam
     assert said == (damage != "gone")
 
 
-def test_one_rank_makes_the_pool_and_the_others_wait(tmp_path):
-    done = run_train(["--stage", 1, "--pool", 4, "--batch-size", 2, "--max-steps", 4,
-                      "--eval-questions", 0, "--out", tmp_path], ranks=2)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stderr.count("stage1-seed0-4-pictures: 0picture") == 1
+def test_ranks_share_the_pictures(tmp_path):
+    """Each reads its part of the pool and of the questions; what is learned and answered is what
+    one process learns and answers."""
+    flags = ["--stage", 2, "--pool", 5, "--batch-size", 4, "--max-steps", 3,
+             "--eval-questions", 40, "--init-from", tmp_path / "start", "--out"]
+    SliME.from_backbones(PRESETS["tiny"].model).save_pretrained(tmp_path / "start")
+    alone = run_train([*flags, tmp_path / "one"])
+    done = run_train([*flags, tmp_path / "two"], ranks=2)
+    assert alone.returncode == done.returncode == 0, done.stderr[-2000:]
+    curves = [losses(tmp_path / out / "stage2") for out in ("one", "two")]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+    answers = [json.loads((tmp_path / out / "stage2" / "eval.json").read_text())
+               for out in ("one", "two")]
+    assert answers[0] == answers[1] and answers[0]["global"]["n"] == 40
+    for number in range(2):  # progress is shown once
+        assert done.stderr.count(f"stage2-seed0-5-pictures-{number}-of-2: 0p") == (number == 0)
+    assert not (tmp_path / "two" / "features").exists()
 
 
 def test_held_out_pictures_are_encoded_once_for_all_stages(model, views, tmp_path):
