@@ -95,9 +95,10 @@ def test_ranks_of_torchrun_share_the_cores(monkeypatch):
     """torchrun itself gives each of several one thread."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    for flags, told, threads in (("--nproc_per_node 2", None, "4"), ("--nproc-per-node=16", None, "1"),
-                                 ("--nproc_per_node 2", "3", "3"), ("--nproc_per_node 1", None, None),
-                                 ("", None, None)):
+    for flags, told, threads in (("--nproc_per_node 2", None, "4"), ("", None, None),
+                                 ("--nproc-per-node=16", None, "1"),
+                                 ("--nproc_per_node 2", "3", "3"),
+                                 ("--nproc_per_node 1", None, None)):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         if told:
             monkeypatch.setenv("OMP_NUM_THREADS", told)

@@ -55,7 +55,7 @@ def train(work, **environment):
 def test_three_stages_reach_their_accuracy(tmp_path):
     """Thresholds lie below the README's numbers (standard error 1.1 points at 94 % of 512). Other
     processors and threads add up in another order, which makes another training of the same seed:
-    two gave 93.8 and 94.1 % (global), 93.0 and 95.1 % (detail)."""
+    three gave 93.8 to 94.1 % (global), 93.0 to 95.1 % (detail)."""
     started, cores = time.monotonic(), os.cpu_count()
     beside = "PYTEST_XDIST_WORKER" in os.environ  # half of the cores are for other tests
     # In two ranks.
