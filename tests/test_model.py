@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from sliming.backbones import TINY
 from sliming.chat import IGNORE, IMAGE_TOKEN, encode
 from sliming.config import PRESETS, SliMEConfig
-from sliming.generate import Conversation, sample_tokens
+from sliming.generate import Conversation, answer_file, sample_tokens
 from sliming.inputs import Batch, Sample
 from sliming.model import SliME
 from sliming.router import route
@@ -258,6 +258,21 @@ def test_a_refused_question_leaves_a_conversation_as_it_was(model):
         assert model.training and talks[0].unseen == talks[1].unseen
         first, second = ("".join(talk.ask(question)) for talk in talks)
         assert first == second
+
+
+def test_questions_of_a_file_about_one_picture_read_it_once(model, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        picture(1).save(tmp_path / f"{name}.png")
+    asked = [{"question_id": n, "image": f"{name}.png", "text": "How many?"}
+             for n, name in enumerate("aaabba")]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    opened, open_ = [], type(model.processor).open
+    monkeypatch.setattr(type(model.processor), "open",
+                        lambda self, path: opened.append(path.name) or open_(self, path))
+    answer_file(model, tmp_path / "questions.jsonl", tmp_path, tmp_path / "answers.jsonl", 2,
+                max_new_tokens=2)
+    assert opened == ["a.png", "b.png"]
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 6
 
 
 def test_answers_to_a_batch_equal_those_to_each_alone(model):
