@@ -21,8 +21,15 @@ __all__ = list(_HOMES)
 # they took fifteen times as long. So it spins for a fraction of a millisecond, then sleeps.
 if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
     os.environ["GOMP_SPINCOUNT"] = "4000"
-if (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:  # torchrun itself says 1 thread
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+
+
+def share_cores(ranks: int) -> None:
+    """Ranks of one machine share its cores, unless told otherwise."""
+    if ranks > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+
+
+share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def __getattr__(name: str):

@@ -24,6 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
+import sliming
+
 try:
     import fcntl
 except ImportError:  # Windows: nothing keeps two programs apart
@@ -246,16 +248,14 @@ def first_to_say(message: str) -> bool:
 
 def in_torchrun() -> None:
     """What torchrun loads of this package (pyproject.toml: torchrun.handlers). Where it starts our
-    train.py, the ranks share the cores, of which torchrun would give each one, with six lines about
+    train.py, the ranks share the cores, of which torchrun would give each one, with a banner about
     it; and nothing follows the line in which it logs that a rank has failed: it would add forty.
     """
     ours = Path(__file__).resolve().parents[1] / "train.py"
     if ours not in [Path(word).resolve() for word in sys.argv[1:]]:
         return
-    ranks = re.search(r"--nproc[-_]per[-_]node[= ]([2-9]|[1-9]\d+)( |$)", " ".join(sys.argv[1:]))
-    if ranks:
-        threads = max(1, (os.cpu_count() or 1) // int(ranks[1]))
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    if ranks := re.search(r"--nproc[-_]per[-_]node[= ](\d+)( |$)", " ".join(sys.argv[1:])):
+        sliming.share_cores(int(ranks[1]))
 
     def hook(kind: type, *error: object, usual=sys.excepthook) -> None:
         if kind.__name__ not in ("ChildFailedError", "SignalException", "KeyboardInterrupt"):

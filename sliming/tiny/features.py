@@ -156,6 +156,6 @@ def training_set(config: TrainConfig, stage: int, model: SliME,
         return Features(folder, f"stage{stage}-seed{config.seed}-{recipe.pool}-pictures-{number}-"
                         f"of-{world}", pictures, model, parts)
 
-    part(rank)  # each rank makes one
+    own = part(rank)  # each rank makes one
     barrier()
-    return Pool(records, [part(number) for number in range(world)])
+    return Pool(records, [own if number == rank else part(number) for number in range(world)])
