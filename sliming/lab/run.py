@@ -6,6 +6,7 @@ seed 1 of all arms with it, seed 2, and so on. Stages that arms have in common a
 row is written when it is done, so a run that was killed goes on with what is missing.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from sliming.backbones import TINY
 from sliming.config import PRESETS, STAGES, Preset, Recipe, Stage, TrainConfig
 from sliming.data import load_sample
 from sliming.generate import exact_match
@@ -433,10 +435,18 @@ def run(folder: Path, setting: Setting, arms: list[str], seeds: int, jobs: int,
 
 
 def same_setting(folder: Path, setting: Setting) -> None:
-    """Rows of one folder are of one setting. InputError for another."""
+    """Rows of one folder are of one setting and of one tiny preset, its stand-ins' weights
+    included. InputError for others."""
     path, own = folder / "setting.json", json.loads(json.dumps(asdict(setting)))
+    preset = json.dumps(asdict(PRESETS["tiny"].model), sort_keys=True).encode()
+    weights = [(TINY / part / "model.safetensors").read_bytes() for part in ("vision", "llm")]
+    own["preset"] = hashlib.sha256(b"".join([preset, *weights])).hexdigest()[:12]
     if path.exists():
-        if json.loads(path.read_text()) != own:
+        there = json.loads(path.read_text())
+        if there.pop("preset", None) != own.pop("preset"):
+            raise InputError(f"{folder} holds results of another tiny preset, or of other weights "
+                             "of its stand-ins: give another --out")
+        if there != own:
             raise InputError(f"{folder} holds results of another setting (see setting.json): give "
                              "another --out, or the same flags as before")
     elif (folder / "results.jsonl").exists():

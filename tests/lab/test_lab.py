@@ -219,6 +219,10 @@ def test_a_killed_run_goes_on_and_comes_out_the_same(tmp_path):
                                                          "schedules.png"}
     with pytest.raises(InputError, match="another setting"):
         run.run(cut, replace(SMALL, batch=4), names, 2, 1)
+    other = json.loads((cut / "setting.json").read_text()) | {"preset": "another"}
+    (cut / "setting.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match="another tiny preset"):
+        run.run(cut, SMALL, names, 2, 1)
     (cut / "setting.json").unlink()
     with pytest.raises(InputError, match="no setting.json"):
         run.run(cut, SMALL, names, 2, 1)
