@@ -164,9 +164,9 @@ PRESETS = {
     # training would bring it: each query looks at its own place first (QueryFormer.look_nearby).
     "tiny": Preset(
         SliMEConfig(vision="tiny", llm="tiny", vision_layer=-1, num_queries=16, resize="torch",
-                    look_nearby={"content": 0.1, "near": 9.0, "far": 0.1, "share": 6 / 32}),
-        {1: Recipe(16, 2e-3, steps=450, pool=2_048), 2: Recipe(16, 2e-3, steps=400, pool=2_048),
-         3: Recipe(16, 1e-3, 1e-3, steps=350, pool=2_048)}),
+                    look_nearby={"content": 0.1, "near": 13.0, "far": 0.1, "share": 6 / 32}),
+        {1: Recipe(16, 2e-3, steps=400, pool=2_048), 2: Recipe(16, 2e-3, steps=360, pool=2_048),
+         3: Recipe(16, 1e-3, 1e-3, steps=310, pool=2_048)}),
     "vicuna-7b": table_7("lmsys/vicuna-7b-v1.5", "vicuna_v1", 2e-5, ("grads", "params")),
     "vicuna-13b": table_7("lmsys/vicuna-13b-v1.5", "vicuna_v1", 2e-5, ("grads", "params")),
     "llama3-8b": table_7(LLAMA3.format("8B"), "llama3", 1e-5, ("grads", "params")),

@@ -55,7 +55,7 @@ def train(work, **environment):
 def test_three_stages_reach_their_accuracy(tmp_path):
     """Thresholds lie below the README's numbers (standard error 1.1 points at 94 % of 512). Other
     processors and threads add up in another order, which makes another training of the same seed:
-    three gave 93.8 to 94.1 % (global), 93.0 to 95.1 % (detail)."""
+    five trainings, of three seeds, gave 94.5 to 97.3 % (global), 93.4 to 95.7 % (detail)."""
     started, cores = time.monotonic(), os.cpu_count()
     beside = "PYTEST_XDIST_WORKER" in os.environ  # half of the cores are for other tests
     # In two ranks.
@@ -65,7 +65,7 @@ def test_three_stages_reach_their_accuracy(tmp_path):
     print({name: round(row["accuracy"], 3) for name, row in results.items()})
     accuracy = {name: row["accuracy"] for name, row in results.items()}
     assert all(row["n"] >= 500 for row in results.values())
-    assert accuracy["global_gamma_1"] >= 0.92 and accuracy["detail_gamma_1"] >= 0.92
+    assert accuracy["global_gamma_1"] >= 0.93 and accuracy["detail_gamma_1"] >= 0.92
     assert accuracy["detail_without_local"] <= 0.05
     assert abs(accuracy["detail"] - accuracy["detail_gamma_1"]) <= 0.02
     assert accuracy["detail_gamma_1"] - accuracy["detail_gamma_025"] <= 0.03

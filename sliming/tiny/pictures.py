@@ -84,7 +84,7 @@ class Item:
 
     @property
     def name(self) -> str:
-        """How questions and descriptions call it: "red bar", "row C", "blue circle"."""
+        """How questions and most texts call it: "red bar", "row C", "blue circle"."""
         return f"row {self.letter}" if self.role == "row" else f"{self.colour} {self.role}"
 
 
@@ -257,14 +257,22 @@ def caption(scene: Scene, rng: np.random.Generator, readable: bool) -> str:
             "shapes": f"a picture with {count} shape{'s' * (count != 'one')}"}[scene.kind]
     if readable:
         return f"{text}: {description(scene, rng)}"
-    names = [scene.items[i].name for i in rng.permutation(len(scene.items))]
-    return f"{text}." if scene.kind == "table" else f"{text}: {', '.join(names)}."
+    names = ", ".join(name for name, _ in in_turn(scene, rng))
+    return f"{text}." if scene.kind == "table" else f"{text}: {names}."
 
 
 def description(scene: Scene, rng: np.random.Generator) -> str:
     """Stage II: every printed number with what it belongs to."""
+    return ", ".join(f"{name} {number}" for name, number in in_turn(scene, rng)) + "."
+
+
+def in_turn(scene: Scene, rng: np.random.Generator) -> list[tuple[str, int]]:
+    """Every item's name and number, in random order. Half of the texts name shapes by their shape
+    first ("circle in red"): from "red circle" alone nobody learns to find a colour by a shape."""
     items = [scene.items[i] for i in rng.permutation(len(scene.items))]
-    return ", ".join(f"{item.name} {item.number}" for item in items) + "."
+    by_shape = scene.kind == "shapes" and rng.random() < 0.5
+    return [(f"{item.role} in {item.colour}" if by_shape else item.name, item.number)
+            for item in items]
 
 
 def global_questions(scene: Scene) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -124,6 +125,27 @@ def test_stages_ask_as_the_paper_says():
         caption = records[0]["conversations"][1]["value"]
         small = max(records[0]["image"].size) <= CROP
         assert any(character.isdigit() for character in caption) == small
+
+
+def test_shapes_are_named_by_colour_or_by_shape_first():
+    """Each in half of captions and descriptions; other items by their name alone."""
+    turned = Counter()
+    for index in range(600):
+        scene, _ = held_out_scene(index)
+        texts = [words(scene, pictures.generator("train", 0, index)) for words in (
+            pictures.description, partial(pictures.caption, readable=False))]
+        for kind, text in zip(("description", "caption"), texts, strict=True):
+            named = [item.name in text for item in scene.items]
+            in_turn = [f"{item.role} in {item.colour}" in text for item in scene.items]
+            if scene.kind == "shapes":
+                assert all(named) != all(in_turn) and not (any(named) and any(in_turn))
+                turned[kind, all(in_turn)] += 1
+            elif (scene.kind, kind) != ("table", "caption"):
+                assert all(named) and not any(in_turn)
+        for item in scene.items:
+            assert f" {item.number}" in texts[0]
+    for kind in ("description", "caption"):
+        assert abs(turned[kind, True] - turned[kind, False]) < 4 * 200**0.5
 
 
 @pytest.mark.reference
