@@ -119,7 +119,10 @@ def test_packed_equals_alone_forward_and_every_gradient(model, samples, parts):
     assert set(slow) <= set(fast)
     for name, gradient in fast.items():
         other = slow.get(name, torch.zeros_like(gradient))
-        torch.testing.assert_close(gradient, other, atol=2e-6, rtol=2e-3,
+        # Rounding of the compression's scores is multiplied by look_nearby's gain squared: twice as
+        # large with 13 as with 9, and 5e-5 of the largest gradient of the queries, 0.13.
+        atol = 5e-6 if name == "compression.query" else 2e-6
+        torch.testing.assert_close(gradient, other, atol=atol, rtol=2e-3,
                                    msg=lambda m, n=name: f"{n}: {m}")
 
 
