@@ -16,7 +16,7 @@ def main() -> None:
     what.add_argument("--pretrain", type=Path, metavar="FOLDER",
                       help="train the vision tower and the language model again (half an hour on a "
                            "core) and write them to FOLDER/vision and FOLDER/llm")
-    parser.add_argument("--index", type=NATURAL, default=134, help="which picture (default: 134)")
+    parser.add_argument("--index", type=NATURAL, default=316, help="which picture (default: 316)")
     parser.add_argument("--seed", type=SEED, default=0, help="of --pretrain (default: 0)")
     arguments = parser.parse_args()
     if arguments.pretrain:
