@@ -14,8 +14,8 @@ def main() -> None:
     what.add_argument("--picture", type=Path, metavar="FILE",
                       help="write a held-out picture and print what can be asked about it")
     what.add_argument("--pretrain", type=Path, metavar="FOLDER",
-                      help="train the vision tower and the language model again (half an hour on a "
-                           "core) and write them to FOLDER/vision and FOLDER/llm")
+                      help="train the vision tower and the language model again (three quarters of "
+                           "an hour on a core) and write them to FOLDER/vision and FOLDER/llm")
     parser.add_argument("--index", type=NATURAL, default=316, help="which picture (default: 316)")
     parser.add_argument("--seed", type=SEED, default=0, help="of --pretrain (default: 0)")
     arguments = parser.parse_args()
