@@ -40,7 +40,7 @@ VISION_STEPS = 2500
 # the embeddings stay as they are; see README.md.
 LESSONS = ((900, 3e-3, 1.0), (600, 2e-3, 1.0), (600, 2e-3, 2.5))
 # How often a document asks each kind of question, where its picture has it.
-ASKED = {"What number": 4, "How many": 1, "What shape": 2, "What colour": 2}
+OFTEN = {"What number": 4, "How many": 1, "What shape": 2, "What colour": 2}
 PATCH = 8
 SIDE = CROP // PATCH
 ROLES = ("", "bar", "row", "header", *SHAPES)
@@ -257,10 +257,10 @@ def ask_all(scene: Scene) -> list[tuple[str, str, int]]:
 
 def draw_question(pairs: list[tuple[str, str, int]],
                   rng: np.random.Generator) -> tuple[str, str, int]:
-    """One of `ask_all`'s, as often as `ASKED` says: of all alike, few ask for a colour by a shape,
+    """One of `ask_all`'s, as often as `OFTEN` says: of all alike, few ask for a colour by a shape,
     which is learned last."""
     kinds = [" ".join(question.split()[:2]) for question, *_ in pairs]
-    weight = np.array([ASKED[kind] / kinds.count(kind) for kind in kinds])
+    weight = np.array([OFTEN[kind] / kinds.count(kind) for kind in kinds])
     return pairs[rng.choice(len(pairs), p=weight / weight.sum())]
 
 
